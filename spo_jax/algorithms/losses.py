@@ -1,0 +1,178 @@
+"""Losses over tokens, as sums that the caller divides by counts of the whole batch.
+
+Sums add up over micro-batches and devices, so gradient accumulation is exact; the reference
+averages the means of micro-batches. Whatever stands outside the mask (-1e9, NaN) neither changes
+a sum nor reaches a gradient.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from spo_jax.algorithms import kl, masking
+
+
+class PPOSums(NamedTuple):
+  """Sums over the loss mask, float32 scalars."""
+
+  loss: jax.Array
+  count: jax.Array  # tokens
+  clipped: jax.Array  # tokens whose clipped branch is the larger loss
+  ratio: jax.Array  # π / π_old
+  approx_kl: jax.Array  # (log π - log π_old)² / 2
+  policy_kl: jax.Array  # log π_old - log π
+
+
+def ppo_clip(
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  advantages: jax.Array,
+  loss_mask: jax.Array,
+  *,
+  epsilon_low: float,
+  epsilon_high: float,
+  log_ratio_bound: float,
+) -> PPOSums:
+  """PPO's clipped surrogate (https://arxiv.org/abs/1707.06347, eq. 7).
+
+    rₜ = exp(clip(log πₜ - log π_oldₜ, ±log_ratio_bound))
+    loss = Σₜ max(-Aₜ rₜ, -Aₜ clip(rₜ, 1 - ε_low, 1 + ε_high))
+
+  With the probability mask in loss_mask this is SPO's loss; with every response token in it,
+  GRPO's and PPO's. An empty mask gives loss 0 and gradient 0; the reference gives NaN.
+
+  Args:
+    logprobs: [B, T] float, log-probabilities under the trained policy.
+    old_logprobs: [B, T] float, under the behaviour policy.
+    advantages: [B, T] float.
+    loss_mask: [B, T] bool.
+    epsilon_low: ε_low, 0.2 in the paper.
+    epsilon_high: ε_high, 0.2 in the paper.
+    log_ratio_bound: beyond it the ratio is constant; 10 in the reference.
+
+  Returns:
+    `PPOSums`.
+  """
+  chex.assert_rank(logprobs, 2)
+  chex.assert_equal_shape([logprobs, old_logprobs, advantages, loss_mask])
+  chex.assert_type([logprobs, old_logprobs, advantages, loss_mask], [float, float, float, bool])
+  keep = lambda x: jnp.where(loss_mask, x, 0)
+  # Masked before the exponential, not only after: see the FAQ on gradients of where,
+  # https://docs.jax.dev/en/latest/faq.html
+  log_ratios = keep(logprobs) - keep(old_logprobs)
+  ratios = jnp.exp(kl.clip(log_ratios, -log_ratio_bound, log_ratio_bound))
+  unclipped = -keep(advantages) * ratios
+  clipped = -keep(advantages) * kl.clip(ratios, 1 - epsilon_low, 1 + epsilon_high)
+  loss, count = masking.masked_sum_count(jnp.maximum(unclipped, clipped), loss_mask)
+  return PPOSums(
+    loss=loss,
+    count=count,
+    clipped=jnp.sum(clipped > unclipped, dtype=jnp.float32),
+    ratio=jnp.sum(keep(ratios), dtype=jnp.float32),
+    approx_kl=jnp.sum(jnp.square(log_ratios) / 2, dtype=jnp.float32),
+    policy_kl=jnp.sum(-log_ratios, dtype=jnp.float32),
+  )
+
+
+def kl_loss(
+  logprobs: jax.Array,
+  ref_logprobs: jax.Array,
+  loss_mask: jax.Array,
+  *,
+  estimator: str,
+  clip_min: float | jax.Array,
+  clip_max: float | jax.Array,
+) -> jax.Array:
+  """Σₜ clip(kₜ, clip_min, clip_max) over the mask, k an estimator of KL(policy, reference).
+
+  The reference divides this sum by the number of rows, not of tokens. It clips masked tokens too,
+  which adds a constant without gradient if 0 is outside the clip.
+
+  Args:
+    logprobs: [B, T] float, log-probabilities under the trained policy.
+    ref_logprobs: [B, T] float, under the reference policy.
+    loss_mask: [B, T] bool.
+    estimator: a key of `kl.KL_ESTIMATORS` other than "full".
+    clip_min: lower bound; 0 makes the estimator "kl" one-sided.
+    clip_max: upper bound.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: If estimator is unknown.
+  """
+  chex.assert_rank(logprobs, 2)
+  chex.assert_equal_shape([logprobs, ref_logprobs, loss_mask])
+  chex.assert_type([logprobs, ref_logprobs, loss_mask], [float, float, bool])
+  per_token = sorted(kl.KL_ESTIMATORS.keys() - {"full"})
+  if estimator not in per_token:
+    raise ValueError(f"unknown KL estimator {estimator!r}, one of {per_token}")
+  keep = lambda x: jnp.where(loss_mask, x, 0)
+  divergence = kl.KL_ESTIMATORS[estimator](keep(logprobs), keep(ref_logprobs))
+  total, _ = masking.masked_sum_count(kl.clip(divergence, clip_min, clip_max), loss_mask)
+  return total
+
+
+def nll(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Negative log-likelihood -Σₜ log πₜ over the mask, for the supervised warm start.
+
+  Args:
+    logprobs: [B, T] float.
+    loss_mask: [B, T] bool.
+
+  Returns:
+    (sum, count), float32 scalars.
+  """
+  return masking.masked_sum_count(-logprobs, loss_mask)
+
+
+def token_logprobs(
+  hidden: jax.Array,
+  unembed: jax.Array,
+  targets: jax.Array,
+  *,
+  chunk: int,
+  temperature: float | jax.Array,
+) -> jax.Array:
+  """log softmax(hidden · unembed / temperature)[target] without a [B, T, V] array.
+
+  Runs over chunks of tokens and computes each chunk's logits again in the backward pass, so the
+  peak is [B, chunk, V] float32 both ways. The gradient of unembed is summed over chunks in the
+  dtype of unembed.
+
+  Args:
+    hidden: [B, T, D] float, the state that predicts the target at the same index.
+    unembed: [D, V] float.
+    targets: [B, T] int32 in [0, V); mask what has no target afterwards.
+    chunk: tokens of a row that are unembedded at a time; T need not be a multiple.
+    temperature: that of sampling, so that these are the behaviour policy's log-probabilities.
+
+  Returns:
+    [B, T] float32.
+  """
+  chex.assert_rank([hidden, unembed, targets], [3, 2, 2])
+  dims = chex.Dimensions(B=hidden.shape[0], T=hidden.shape[1], D=hidden.shape[2])
+  chex.assert_shape(targets, dims["BT"])
+  chex.assert_axis_dimension(unembed, 0, dims["D"][0])
+  chex.assert_type(targets, int)
+
+  def chunk_logprobs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    states, labels = inputs  # [B, C, D], [B, C]
+    logits = jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
+    logits = logits / temperature
+    taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return taken - jax.nn.logsumexp(logits, axis=-1)
+
+  def split(x: jax.Array) -> jax.Array:
+    rows, length, *rest = x.shape
+    num_chunks = -(-length // chunk)
+    padding = [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * len(rest)
+    return jnp.pad(x, padding).reshape(rows, num_chunks, chunk, *rest).swapaxes(0, 1)
+
+  # A scan cannot be merged with its own recomputation, so the barrier against it is not needed.
+  remat = jax.checkpoint(chunk_logprobs, prevent_cse=False)
+  logprobs = jax.lax.map(remat, (split(hidden), split(targets)))
+  return logprobs.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]

@@ -1,0 +1,102 @@
+"""Monte Carlo values over a forest of segment nodes: the paper's segment advantage estimation."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+class ForestValues(NamedTuple):
+  """Values of the states in which the nodes' segments end; see `forest_values`."""
+
+  values: jax.Array  # [N] float; 0 where unknown
+  stds: jax.Array  # [N] float, population deviation of the children's values; 0 without children
+  counts: jax.Array  # [N] int32, children that entered the mean
+  known: jax.Array  # [N] bool
+
+
+def shaped_rewards(
+  rewards: jax.Array, truncated: jax.Array, *, unfinished_penalty: float
+) -> jax.Array:
+  """A rollout cut off by the length limit gets the penalty in place of its graded reward.
+
+  Args:
+    rewards: [N] float, graded rewards; may be anything (NaN too) where truncated.
+    truncated: [N] bool, the rollout hit the length limit.
+    unfinished_penalty: reward of a truncated rollout, 0 for "as good as wrong". A caller that
+      wants truncated rollouts graded like the others does not call this.
+
+  Returns:
+    [N] float.
+  """
+  chex.assert_equal_shape([rewards, truncated])
+  chex.assert_type([rewards, truncated], [float, bool])
+  return jnp.where(truncated, unfinished_penalty, rewards)
+
+
+def forest_values(
+  parent: jax.Array,
+  depth: jax.Array,
+  rewards: jax.Array,
+  leaf: jax.Array,
+  counted: jax.Array,
+  *,
+  max_depth: int,
+) -> ForestValues:
+  """Bottom-up values of all nodes of a forest, in flat arrays.
+
+    V(leaf) = its reward
+    V(n)    = mean of V(c) over the counted, known children c of n
+    S(n)    = sqrt(mean of (V(c) - V(n))²)      over the same children
+
+  Children count equally, whatever the size of their subtrees. This replaces the value code of
+  every method of the family, which differ in the shape of the forest alone:
+
+  - SPO-tree: segments are nodes, all are counted.
+  - SPO-chain, VinePPO: a trajectory is a path of segment nodes that are not counted; the probe
+    rollouts from a segment's end hang off its node as counted leaves, those from the prompt off
+    the root. The last segment is a leaf with the trajectory's own reward. A start state without
+    probes is no boundary: leave it out of `starts`, which merges its segment with the one before.
+  - GRPO, RLOO: one level; prompts are roots, responses leaves, all are counted.
+
+  A node that is neither a leaf nor has a counted, known child is unknown (the reference's value 0
+  with deviation -1, or None) and is left out of its own parent's mean.
+
+  Args:
+    parent: [N] int32, index of the parent, anywhere in the array; -1 for roots and padding.
+    depth: [N] int32, 0 for roots, one more than the parent's otherwise, -1 for padding.
+    rewards: [N] float, read at leaves; may be anything (NaN too) elsewhere.
+    leaf: [N] bool, the node has a reward of its own and no children.
+    counted: [N] bool, the node enters the mean of its parent.
+    max_depth: at least the largest depth; a smaller one leaves the inner nodes below it unknown.
+
+  Returns:
+    `ForestValues`, in the dtype of rewards (the reference works in float64).
+  """
+  chex.assert_rank(parent, 1)
+  chex.assert_equal_shape([parent, depth, rewards, leaf, counted])
+  chex.assert_type([parent, depth, rewards, leaf, counted], [int, int, float, bool, bool])
+  num_nodes = parent.shape[0]
+
+  def value_level(nodes: ForestValues, level: jax.Array) -> tuple[ForestValues, None]:
+    child = counted & nodes.known & (depth == level + 1) & (parent >= 0)
+    owner = jnp.where(child, parent, num_nodes)  # segment_sum drops what is out of range
+    total = lambda x: jax.ops.segment_sum(x, owner, num_segments=num_nodes)
+    counts = total(child.astype(jnp.int32))
+    divisor = jnp.maximum(counts, 1).astype(rewards.dtype)
+    means = total(nodes.values) / divisor
+    stds = jnp.sqrt(total(jnp.square(nodes.values - means[parent])) / divisor)
+    inner = (depth == level) & ~leaf & (counts > 0)
+    updated = ForestValues(means, stds, counts, jnp.ones_like(inner))
+    return jax.tree.map(lambda new, old: jnp.where(inner, new, old), updated, nodes), None
+
+  graded = leaf & (depth >= 0)
+  leaves = ForestValues(
+    values=jnp.where(graded, rewards, 0),
+    stds=jnp.zeros_like(rewards),
+    counts=jnp.zeros(num_nodes, jnp.int32),
+    known=graded,
+  )
+  nodes, _ = jax.lax.scan(value_level, leaves, jnp.arange(max_depth - 1, -1, -1))
+  return nodes

@@ -1,0 +1,359 @@
+"""Every field of a run, with its unit and its default. Config files start from these and set what their experiment is about.
+
+Strings and types are checked here, before anything is built or compiled.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import ml_collections
+
+from spo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where prompts and answers come from."""
+
+  name: str = "arithmetic"
+  variant: str = "plain"
+  data_dir: str = ""  # folder that data sets are built in; "" is the workdir's own
+  tokenizer: str = ""  # folder of a Hugging Face tokenizer; "" is the embedded task's
+  grader: str = "numbers"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Geometry of the decoder; its vocabulary is the tokenizer's."""
+
+  width: int = 64
+  layers: int = 2
+  heads: int = 2
+  kv_heads: int = 1
+  head_dim: int = 32
+  ffn: int = 176
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-6
+  tie_embeddings: bool = True
+  dtype: str = "float32"  # of activations and matmuls; parameters are float32
+  remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Adam; see `training/optimizer.py`."""
+
+  learning_rate: float = 4e-4
+  warmup_steps: int = 0  # updates
+  decay_steps: int = 0  # updates; 0 keeps the rate constant
+  clip_norm: float = 1.0
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+  """Supervised training on worked solutions, before RL."""
+
+  max_steps: int = 600
+  batch_size: int = 64  # solutions a step
+  eval_every: int = 20  # steps between sampled evaluations
+  eval_prompts: int = 256  # of the validation split
+  target_accuracy: float = 0.22  # stop when sampled validation accuracy reaches it
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """The forest that is sampled for each batch of prompts."""
+
+  strategy: str = "tree"  # "tree", "chain" or "group"
+  prompts: int = 96  # an iteration
+  max_prompt_tokens: int = 40
+  max_response_tokens: int = 46
+  branches: tuple[int, ...] = (2, 2, 2)  # tree: children of a node, by depth
+  segment_tokens: tuple[int, ...] = (13, 13)  # tree: M by depth; the last segment takes what is left
+  samples: int = 8  # chain, group: trajectories a prompt
+  probes: int = 9  # chain: rollouts at a cut
+  cuts_per_group: int = 2  # chain: cuts of a trajectory that are probed together
+  temperature: float = 1.0
+  top_k: int = 0  # 0 keeps all
+  top_p: float = 1.0  # 1 keeps all
+  slots: int = 1024  # most groups of continuations that are decoded at a time
+  refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionConfig:
+  """Where the segments of a chain begin."""
+
+  kind: str = "adaptive"  # "adaptive", "fixed", "token", "response" or "delimiter"
+  interval: int = 5  # adaptive: cutpoints (tokens below the probability threshold) a segment
+  length: int = 10  # fixed: tokens a segment
+  delimiter: str = ";"  # delimiter: the token that ends a segment
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+  """From values to advantages of segments."""
+
+  kind: str = "difference"  # "difference", "normalized" or "leave_one_out"
+  eps: float = 1e-8  # added to the siblings' deviation
+  tolerance: float = 1e-6  # a segment is trained if its advantage is larger in size
+  unfinished_penalty: float = 0.0  # reward of a response cut off by the length limit
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+  """The policy loss and the packed batch; see `training/step.py`."""
+
+  use_probability_mask: bool = True
+  scaling: str = "whiten"  # of advantages over the batch: "whiten", "rescale" or "none"
+  epsilon_low: float = 0.2
+  epsilon_high: float = 0.2
+  log_ratio_bound: float = 10.0
+  ratio_threshold: float = 10.0  # a batch with a larger mean ratio is skipped
+  kl_coef: float = 1e-4
+  kl_estimator: str = "control_variate"
+  kl_clip_max: float = 10.0
+  minibatches: int = 1  # updates an iteration, each on its share of the micro-batches
+  row_length: int = 256  # tokens of a packed row
+  rows: int = 16  # rows of a micro-batch
+  block: int = 32  # tokens of an attention block; divides row_length
+  logprob_chunk: int = 256  # tokens a row that are unembedded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Accuracy during training."""
+
+  split: str = "test"
+  every: int = 20  # iterations; the first and the last policy are evaluated in any case
+  prompts: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Orbax checkpoints."""
+
+  every: int = 20  # iterations; the last is kept in any case
+  keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Axes of the device mesh."""
+
+  data: int = -1  # -1 takes all devices that the other axes leave
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run."""
+
+  seed: int = 0
+  iterations: int = 200
+  probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  warm_start: WarmStartConfig = WarmStartConfig()
+  warm_start_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, warmup_steps=20)
+  rollout: RolloutConfig = RolloutConfig()
+  partition: PartitionConfig = PartitionConfig()
+  advantage: AdvantageConfig = AdvantageConfig()
+  update: UpdateConfig = UpdateConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  @property
+  def branches(self) -> tuple[int, ...]:
+    """Children of a node by depth; a group is a tree of one level."""
+    return (self.rollout.samples,) if self.rollout.strategy == "group" else self.rollout.branches
+
+  @property
+  def budgets(self) -> tuple[int, ...]:
+    """Tokens of a segment by depth."""
+    fixed = () if self.rollout.strategy == "group" else self.rollout.segment_tokens
+    return (*fixed, self.rollout.max_response_tokens - sum(fixed))
+
+  @property
+  def longest_segments(self) -> tuple[int, ...]:
+    """Tokens of the longest segments on a packed path, the prompt first."""
+    rollout = self.rollout
+    response = (rollout.max_response_tokens,) if rollout.strategy == "chain" else self.budgets
+    return (rollout.max_prompt_tokens, *response)
+
+  @property
+  def longest_tree(self) -> int:
+    """Tokens of the largest packed tree."""
+    rollout = self.rollout
+    if rollout.strategy == "chain":
+      return rollout.max_prompt_tokens + rollout.samples * rollout.max_response_tokens
+    nodes, total = 1, rollout.max_prompt_tokens
+    for branch, budget in zip(self.branches, self.budgets, strict=True):
+      nodes *= branch
+      total += nodes * budget
+    return total
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The defaults as a ConfigDict, for config files to start from."""
+  return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def parse_variant(variant: str | None, known: dict[str, Any], default: str) -> str:
+  """The name that stands behind the colon of `--config=FILE:variant`.
+
+  Raises:
+    UserError: if it is not known.
+  """
+  name = variant or default
+  if name not in known:
+    raise UserError(f"unknown variant {name!r} of this config, one of: {', '.join(known)}")
+  return name
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+  """The typed config of a run, checked.
+
+  Raises:
+    UserError: if a field is missing, unknown, of another type, or has a value that cannot work.
+  """
+  built = _build(Config, config.to_dict(), "config")
+  _check(built)
+  return built
+
+
+def _build(cls, values: dict[str, Any], where: str):
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    if name not in fields:
+      close = difflib.get_close_matches(name, fields, n=1)
+      hint = f", did you mean {close[0]!r}?" if close else f", one of: {', '.join(fields)}"
+      raise UserError(f"{where} has no field {name!r}{hint}")
+  types = typing.get_type_hints(cls)
+  built = {}
+  for name in fields:
+    if name not in values:
+      raise UserError(f"{where}.{name} is missing")
+    built[name] = _convert(types[name], values[name], f"{where}.{name}")
+  return cls(**built)
+
+
+def _convert(kind, value, where: str):
+  if dataclasses.is_dataclass(kind):
+    return _build(kind, value, where)
+  if typing.get_origin(kind) is tuple:
+    if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+      return tuple(value)
+    raise UserError(f"{where} is {value!r}, it must be a tuple of whole numbers")
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise UserError(f"{where} is {value!r}, it must be of type {kind.__name__}")
+  return value
+
+
+def _check(config: Config) -> None:
+  def need(condition: bool, message: str) -> None:
+    if not condition:
+      raise UserError(message)
+
+  def choice(where: str, value: str, known) -> None:
+    need(value in known, f"{where} is {value!r}, it must be one of: {', '.join(known)}")
+
+  positive = {
+    "iterations": config.iterations,
+    "rollout.prompts": config.rollout.prompts,
+    "rollout.samples": config.rollout.samples,
+    "rollout.probes": config.rollout.probes,
+    "rollout.cuts_per_group": config.rollout.cuts_per_group,
+    "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
+    "rollout.slots": config.rollout.slots,
+    "partition.interval": config.partition.interval,
+    "partition.length": config.partition.length,
+    "update.minibatches": config.update.minibatches,
+    "update.rows": config.update.rows,
+    "update.block": config.update.block,
+    "update.logprob_chunk": config.update.logprob_chunk,
+    "eval.every": config.eval.every,
+    "eval.prompts": config.eval.prompts,
+    "checkpoint.every": config.checkpoint.every,
+    "checkpoint.keep": config.checkpoint.keep,
+    "warm_start.batch_size": config.warm_start.batch_size,
+    "warm_start.eval_every": config.warm_start.eval_every,
+    "warm_start.eval_prompts": config.warm_start.eval_prompts,
+    "model.layers": config.model.layers,
+    "optimizer.learning_rate": config.optimizer.learning_rate,
+    "probability_threshold": config.probability_threshold,
+  }
+  for name, value in positive.items():
+    need(value > 0, f"config.{name} is {value}, it must be positive")
+  choice("config.rollout.strategy", config.rollout.strategy, ("tree", "chain", "group"))
+  choice(
+    "config.partition.kind",
+    config.partition.kind,
+    ("adaptive", "fixed", "token", "response", "delimiter"),
+  )
+  choice(
+    "config.advantage.kind",
+    config.advantage.kind,
+    ("difference", "normalized", "leave_one_out"),
+  )
+  choice("config.update.scaling", config.update.scaling, ("whiten", "rescale", "none"))
+  choice(
+    "config.update.kl_estimator",
+    config.update.kl_estimator,
+    ("kl", "abs", "mse", "control_variate", "seq_control_variate"),
+  )
+  choice("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
+  rollout, model, update = config.rollout, config.model, config.update
+  need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
+  need(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}, it must be in (0, 1]")
+  need(rollout.top_k >= 0, f"config.rollout.top_k is {rollout.top_k}, it must be 0 (all) or more")
+  need(
+    len(config.branches) == len(config.budgets) and min((*config.branches, *config.budgets)) > 0,
+    f"config.rollout: branches {config.branches} need segment_tokens for all levels but the last, "
+    f"which takes what max_response_tokens {rollout.max_response_tokens} leaves; budgets are {config.budgets}",
+  )
+  need(
+    model.heads % model.kv_heads == 0,
+    f"config.model: heads {model.heads} must be a multiple of kv_heads {model.kv_heads}",
+  )
+  need(model.head_dim % 2 == 0, f"config.model.head_dim {model.head_dim} must be even (RoPE)")
+  need(
+    update.row_length % update.block == 0,
+    f"config.update.row_length {update.row_length} must be a multiple of block {update.block}",
+  )
+  path = sum(config.longest_segments)
+  need(
+    update.row_length >= path,
+    f"config.update.row_length {update.row_length} must hold the longest prompt and response, {path} tokens",
+  )
+
+
+def check_mesh(config: Config, row_shards: int) -> None:
+  """Checks that every batch can be split over the mesh.
+
+  Raises:
+    UserError: naming the batch that cannot, and both numbers.
+  """
+  batches = {
+    "rollout.prompts": config.rollout.prompts,
+    "update.rows": config.update.rows,
+    "eval.prompts": config.eval.prompts,
+    "warm_start.eval_prompts": config.warm_start.eval_prompts,
+  }
+  for name, size in batches.items():
+    if size % row_shards:
+      raise UserError(
+        f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are {row_shards}: "
+        f"use a multiple of {row_shards}"
+      )

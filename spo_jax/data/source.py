@@ -1,0 +1,199 @@
+"""Where prompts come from: splits with random access, a resumable stream, token arrays."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from spo_jax.data import arithmetic
+from spo_jax.errors import UserError
+
+DATASETS = {"arithmetic": arithmetic.Arithmetic}
+
+
+def load_split(name: str, variant: str, split: str, data_dir: str) -> Sequence[dict[str, Any]]:
+  """Opens a split of a data set, which is built on first use.
+
+  Args:
+    name: A key of `DATASETS`.
+    variant: A builder config of that data set.
+    split: A split's name, or a part of it in the notation of TFDS such as `train[:100]`.
+    data_dir: Folder in which data sets are kept.
+
+  Returns:
+    Records with random access by position; texts are `str`.
+
+  Raises:
+    UserError: If the name, the variant or the split is unknown, or the split is empty.
+  """
+  if name not in DATASETS:
+    raise UserError(f"unknown data set '{name}', known are: {', '.join(sorted(DATASETS))}")
+  builder_class = DATASETS[name]
+  if variant not in builder_class.builder_configs:
+    known = ", ".join(sorted(builder_class.builder_configs))
+    raise UserError(f"data set '{name}' has no variant '{variant}', it has: {known}")
+  builder = _prepared_builder(builder_class, variant, data_dir)
+  known = ", ".join(builder.info.splits)
+  try:
+    # TFDS does not read from a split without records: ask for the number first.
+    size = builder.info.splits[split].num_examples
+  except (KeyError, ValueError) as error:
+    raise UserError(f"data set '{name}' has no split '{split}', it has: {known}") from error
+  if size == 0:
+    raise UserError(f"split '{split}' of data set '{name}/{variant}' is empty, it has: {known}")
+  return _Records(builder.as_data_source(split=split))
+
+
+class _Records(Sequence):
+  """A TFDS data source with texts as `str` and negative positions."""
+
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    record = self._source[range(len(self))[index]]
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+
+
+def _prepared_builder(builder_class, variant, data_dir):
+  """A builder whose data are complete on disk.
+
+  TFDS writes to a folder of random name and renames it when done. Who loses a race to the name
+  reads what the winner wrote.
+  """
+  open_builder = lambda: builder_class(
+    config=variant, data_dir=data_dir, file_format="array_record"
+  )
+  builder = open_builder()
+  if not builder.data_path.exists():
+    logging.info("building %s in %s", builder.info.full_name, data_dir)
+    tfds.disable_progress_bar()
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    except AssertionError as error:  # TFDS does not write a split without records.
+      raise UserError(f"data set '{builder.info.full_name}' cannot be built: {error}") from error
+    except OSError:
+      builder = open_builder()
+      if not builder.data_path.exists():
+        raise
+  if not builder.is_prepared():
+    raise UserError(f"'{builder.data_path}' is no complete data set: delete it to have it rebuilt")
+  return builder
+
+
+class PromptIterator:
+  """An endless stream of batches, shuffled anew in each epoch, that can be saved and resumed.
+
+  Batches run on across the end of an epoch, so all have the same size. The order is a function
+  of the seed and the split's size alone; batch size does not enter, and may change on resuming.
+  """
+
+  def __init__(self, source: Sequence[dict[str, Any]], *, batch_size: int, seed: int):
+    if batch_size < 1:
+      raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if len(source) < 1:
+      raise UserError("the split to draw prompts from is empty")
+    self._source = source
+    self._batch_size = batch_size
+    self._identity = {"size": len(source), "seed": int(seed)}
+    self._ordinal = 0
+    order = grain.MapDataset.source(range(len(source))).shuffle(seed=int(seed)).repeat()
+    # A worker thread would buy nothing here, and would hold an end of the process.
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    self._positions = iter(order.to_iter_dataset(read_options))
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> list[dict[str, Any]]:
+    """The next `batch_size` records.
+
+    Each is the source's record with two numbers more: `index`, its position in the split, and
+    `ordinal`, the count of draws before it (0, 1, 2, ... across epochs).
+    """
+    batch = []
+    for _ in range(self._batch_size):
+      index = int(next(self._positions))
+      batch.append(dict(self._source[index]) | {"index": index, "ordinal": self._ordinal})
+      self._ordinal += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The stream's position, a dictionary that JSON can hold."""
+    return self._identity | {"ordinal": self._ordinal, "grain": self._positions.get_state()}
+
+  def set_state(self, state: dict[str, Any]):
+    """Goes to a position that `get_state` returned, here or in another process.
+
+    Raises:
+      UserError: If the state is that of a split of another size or of another seed.
+    """
+    for key, value in self._identity.items():
+      if state.get(key) != value:
+        raise UserError(
+          f"the saved prompt stream has {key} {state.get(key)}, this run has {key} {value}: "
+          "resume with the same data and seed, or start a new run"
+        )
+    self._positions.set_state(state["grain"])
+    self._ordinal = int(state["ordinal"])
+
+
+def make_iterator(
+  source: Sequence[dict[str, Any]], *, batch_size: int, seed: int
+) -> PromptIterator:
+  """The stream of training prompts over a split; see `PromptIterator`."""
+  return PromptIterator(source, batch_size=batch_size, seed=seed)
+
+
+def encode_prompts(
+  tokenizer, questions: Sequence[str], max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids of prompts.
+
+  A prompt is the question alone, with whatever special tokens the tokenizer itself puts around a
+  text (none in the embedded task, whose questions end in `?`).
+
+  Args:
+    tokenizer: A Hugging Face tokenizer.
+    questions: R texts.
+    max_length: Width P of the array.
+
+  Returns:
+    Tokens `[R, P]` int32, padded on the right, and lengths `[R]` int32.
+
+  Raises:
+    UserError: If a prompt has no tokens or more than `max_length`.
+  """
+  ids = tokenizer(list(questions))["input_ids"] if len(questions) else []
+  lengths = np.array([len(row) for row in ids], dtype=np.int32)
+  if len(ids) and lengths.max() > max_length:
+    longest = int(lengths.argmax())
+    raise UserError(
+      f"a prompt has {lengths[longest]} tokens, at most {max_length} are allowed: "
+      f"'{questions[longest][:60]}...'"
+    )
+  if len(ids) and lengths.min() == 0:
+    raise UserError(f"the prompt at position {int(lengths.argmin())} is empty")
+  tokens = np.full((len(ids), max_length), tokenizer.pad_token_id, dtype=np.int32)
+  for row, row_ids in zip(tokens, ids, strict=True):
+    row[: len(row_ids)] = row_ids
+  return tokens, lengths
+
+
+def encode_solutions(tokenizer, solutions: Sequence[str]) -> list[np.ndarray]:
+  """Token ids of worked solutions, each an int32 array that ends with the end-of-text token."""
+  if not len(solutions):
+    return []
+  ids = tokenizer(list(solutions), add_special_tokens=False)["input_ids"]
+  return [np.array([*row, tokenizer.eos_token_id], dtype=np.int32) for row in ids]

@@ -1,0 +1,5 @@
+"""Errors that the command line shows to a person."""
+
+
+class UserError(Exception):
+  """A mistake that a user can fix: printed as one line, exit status 2."""

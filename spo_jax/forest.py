@@ -1,0 +1,124 @@
+"""The rollout: a forest of segments in flat arrays, on the host.
+
+Every method samples one tree a prompt, whose nodes are segments of tokens; the methods differ in its shape alone.
+Tokens stay ids from here to the loss: text is made for graders and for people only.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Forest(NamedTuple):
+  """N nodes, parents before children; the tokens of all nodes lie end to end."""
+
+  tree: np.ndarray  # [N] int32, index of the prompt
+  parent: np.ndarray  # [N] int32, -1 at the roots, which are the prompts
+  depth: np.ndarray  # [N] int32, 0 at the roots
+  finished: np.ndarray  # [N] bool, the segment ended by itself (end-of-sequence)
+  probe: np.ndarray  # [N] bool, a rollout that only estimates its parent's value
+  offsets: np.ndarray  # [N + 1] int64; node i's tokens are offsets[i]:offsets[i + 1]
+  tokens: np.ndarray  # [sum of lengths] int32
+  logprobs: np.ndarray  # [sum of lengths] float32, of the sampling policy; 0 in prompts
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[N] int64, tokens a node."""
+    return np.diff(self.offsets)
+
+  @property
+  def leaf(self) -> np.ndarray:
+    """[N] bool, nodes that nothing continues, probes aside; the roots are never leaves."""
+    leaf = self.depth > 0
+    leaf[self.parent[(self.depth > 0) & ~self.probe]] = False
+    return leaf
+
+  def node_tokens(self, node: int) -> np.ndarray:
+    """[length] int32, the node's own tokens."""
+    return self.tokens[self.offsets[node] : self.offsets[node + 1]]
+
+  def response(self, node: int) -> np.ndarray:
+    """[sum] int32, tokens from the end of the prompt to the end of the node."""
+    path = []
+    while self.parent[node] >= 0:
+      path.append(self.node_tokens(node))
+      node = self.parent[node]
+    return np.concatenate(path[::-1]) if path else np.zeros(0, np.int32)
+
+
+class ForestBuilder:
+  """Collects nodes block by block."""
+
+  def __init__(self):
+    self._blocks: list[dict[str, np.ndarray]] = []
+    self._depth = np.zeros(0, np.int32)
+    self._tree = np.zeros(0, np.int32)
+
+  @property
+  def next_id(self) -> int:
+    """Id of the node that is added next."""
+    return len(self._tree)
+
+  def add_roots(self, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
+    """Adds the prompts; returns their node ids [R]."""
+    self._tree = np.arange(len(lengths_R), dtype=np.int32)
+    self._depth = np.zeros(len(lengths_R), np.int32)
+    mask = np.arange(tokens_RxP.shape[1]) < lengths_R[:, None]
+    nothing = np.zeros(len(lengths_R), bool)
+    self._append(tokens_RxP[mask], np.zeros(mask.sum(), np.float32), lengths_R, nothing, nothing)
+    self._blocks[-1]["parent"] = np.full(len(lengths_R), -1, np.int32)
+    return self._tree.copy()
+
+  def add(self, parent, tokens, logprobs, lengths, finished, *, probe: bool) -> np.ndarray:
+    """Adds k segments.
+
+    Args:
+      parent: [k] node ids.
+      tokens: [sum of lengths] int32, end to end.
+      logprobs: [sum of lengths] float32.
+      lengths: [k], each at least 1.
+      finished: [k] bool.
+      probe: whether these are probes.
+
+    Returns:
+      [k] int32 node ids.
+    """
+    if len(lengths) and np.min(lengths) < 1:
+      raise ValueError("a segment has at least one token")
+    ids = np.arange(self.next_id, self.next_id + len(lengths), dtype=np.int32)
+    self._append(tokens, logprobs, lengths, finished, np.full(len(lengths), probe))
+    self._blocks[-1]["parent"] = np.asarray(parent, np.int32)
+    # A parent may be of this very block (a chain's path), hence one by one along the new nodes.
+    self._tree = np.concatenate([self._tree, np.zeros(len(ids), np.int32)])
+    self._depth = np.concatenate([self._depth, np.zeros(len(ids), np.int32)])
+    for node, above in zip(ids, self._blocks[-1]["parent"], strict=True):
+      self._tree[node] = self._tree[above]
+      self._depth[node] = self._depth[above] + 1
+    return ids
+
+  def _append(self, tokens, logprobs, lengths, finished, probe):
+    self._blocks.append(
+      {
+        "tokens": np.asarray(tokens, np.int32),
+        "logprobs": np.asarray(logprobs, np.float32),
+        "lengths": np.asarray(lengths, np.int64),
+        "finished": np.asarray(finished, bool),
+        "probe": np.asarray(probe, bool),
+      }
+    )
+
+  def build(self) -> Forest:
+    """The forest of everything added."""
+    joined = {
+      name: np.concatenate([block[name] for block in self._blocks]) for name in self._blocks[0]
+    }
+    return Forest(
+      tree=self._tree,
+      parent=joined["parent"],
+      depth=self._depth,
+      finished=joined["finished"],
+      probe=joined["probe"],
+      offsets=np.concatenate([[0], np.cumsum(joined["lengths"])]),
+      tokens=joined["tokens"],
+      logprobs=joined["logprobs"],
+    )

@@ -1,0 +1,77 @@
+"""Orbax checkpoints of a run: asynchronous, atomic, all of its state."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from spo_jax.errors import UserError
+
+
+class Checkpoints:
+  """Checkpoints of one folder, named by step. Each holds a pytree of arrays and a JSON dictionary."""
+
+  def __init__(self, directory: pathlib.Path, *, keep: int):
+    """Opens the folder, which is made if it does not exist; what a killed process left half written is removed."""
+    self._directory = pathlib.Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(
+      self._directory, options=options, item_names=("arrays", "record")
+    )
+
+  def latest(self) -> int | None:
+    """Step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
+    """Begins to write a checkpoint; the arrays are copied before this returns."""
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+    )
+    self._manager.save(step, args=items, force=True)
+
+  def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads a checkpoint.
+
+    Args:
+      step: as `latest` returned it.
+      like: arrays or ShapeDtypeStructs with shardings, of the structure that was saved.
+
+    Raises:
+      UserError: if the checkpoint is damaged or of another model.
+    """
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+    )
+    try:
+      restored = self._manager.restore(step, args=items)
+    except Exception as error:  # Orbax, TensorStore and JSON raise a dozen kinds for a damaged file
+      reason = str(error).strip().split("\n")[0][:160]
+      raise UserError(
+        f"checkpoint {self._directory / str(step)} cannot be read, delete that folder to go on from the one before: "
+        f"{type(error).__name__}: {reason}"
+      ) from error
+    return restored.arrays, restored.record
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and lets the folder go."""
+    self._manager.close()
+
+
+@dataclasses.dataclass
+class Counters:
+  """Running totals of a run; part of its checkpoints."""
+
+  iteration: int = 0
+  tokens_sampled: int = 0
+  tokens_trained: int = 0
+  elapsed_s: float = 0.0  # up to the checkpoint, all processes of the run together

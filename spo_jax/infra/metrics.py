@@ -1,0 +1,165 @@
+"""What a run records: one JSON object a line in `metrics.jsonl`, mirrored to TensorBoard."""
+
+import hashlib
+import json
+import math
+import numbers
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from spo_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+Path = str | os.PathLike[str]
+
+
+def _plain(value: Any) -> int | float | None:
+  """Python number of any scalar; None for what JSON cannot hold (NaN and the infinities)."""
+  if value is None:
+    return None
+  if isinstance(value, numbers.Integral):
+    return int(value)
+  value = float(value)
+  return value if math.isfinite(value) else None
+
+
+def json_line(metrics: Mapping[str, Any]) -> bytes:
+  """One line of strict JSON in the order of `metrics`; NaN and infinities become null."""
+  plain = {key: _plain(value) for key, value in metrics.items()}
+  return (json.dumps(plain, allow_nan=False) + "\n").encode()
+
+
+def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
+  """Appends one line to a JSON-lines file, which is opened and closed again."""
+  with open(path, "ab") as file:
+    file.write(json_line(metrics))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """Reads a JSON-lines file.
+
+  A last line that was torn (the process died while it wrote, or writes right now) is left out,
+  and a file that does not exist holds no lines.
+
+  Args:
+    path: The file.
+
+  Returns:
+    One dict a line.
+
+  Raises:
+    UserError: If a line other than the last is no JSON object.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  lines = path.read_bytes().splitlines()
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+      if not isinstance(row, dict):
+        raise ValueError("not an object")
+    except ValueError as error:
+      if number == len(lines):
+        break
+      raise UserError(f"{path}: line {number} is not a JSON object") from error
+    rows.append(row)
+  return rows
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+  """Reads the metrics that a run has recorded so far; see `read_lines`."""
+  return read_lines(pathlib.Path(workdir) / METRICS_FILE)
+
+
+class MetricWriter:
+  """Appends to `metrics.jsonl`, and mirrors scalars to TensorBoard events.
+
+  Every line reaches the operating system before `write` returns, so a killed process loses at most
+  the line it was writing. A checkpoint stores `position()`; the resumed run hands it to `restore`.
+  """
+
+  def __init__(self, workdir: Path):
+    """Opens the files of `workdir`, which is made if it does not exist."""
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._path = workdir / METRICS_FILE
+    self._tensorboard_dir = workdir / TENSORBOARD_DIR
+    self._events: SummaryWriter | None = None
+    self._file = open(self._path, "ab", buffering=0)
+    content = self._path.read_bytes()
+    # A torn last line would swallow the next one.
+    self._keep(content[: content.rfind(b"\n") + 1])
+
+  def _keep(self, content: bytes) -> None:
+    os.truncate(self._path, len(content))
+    self._bytes = len(content)
+    self._hash = hashlib.sha256(content)
+
+  def write(self, metrics: Mapping[str, float | int]) -> None:
+    """Appends one line; the TensorBoard step is its `iteration`."""
+    line = json_line(metrics)
+    self._file.write(line)
+    self._bytes += len(line)
+    self._hash.update(line)
+    step = int(metrics["iteration"])
+    if self._events is None:
+      # Events of an earlier process at this step and later are not shown: they are made anew.
+      self._events = SummaryWriter(
+        str(self._tensorboard_dir),
+        purge_step=step,
+        flush_secs=10,
+        filename_suffix=f".{step}",
+        write_to_disk=True,
+      )
+    for key, value in metrics.items():
+      value = _plain(value)
+      if key != "iteration" and value is not None:
+        self._events.add_scalar(key, value, step)
+
+  def position(self) -> dict[str, int | str]:
+    """Where the record stands: its size and the SHA-256 of its content. Goes into a checkpoint."""
+    return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+  def restore(self, position: Mapping[str, int | str]) -> None:
+    """Cuts the record back to what it was at `position()`; the resumed run makes the rest anew.
+
+    Args:
+      position: What `position()` returned when the checkpoint was made.
+
+    Raises:
+      UserError: If the record is shorter than it was, or its kept part is not what it was.
+    """
+    size = int(position["bytes"])
+    content = self._path.read_bytes()
+    advice = "put the file back, or train in a new workdir"
+    if len(content) < size:
+      raise UserError(
+        f"{self._path} has {len(content)} bytes but the checkpoint was made at {size}: {advice}"
+      )
+    content = content[:size]
+    if hashlib.sha256(content).hexdigest() != position["sha256"]:
+      raise UserError(f"{self._path} is not the file that the checkpoint was made with: {advice}")
+    self._keep(content)
+    if self._events is not None:
+      self._events.close()
+      self._events = None
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()

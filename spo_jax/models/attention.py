@@ -1,0 +1,142 @@
+"""The attention of the three uses of the decoder: packed forests, prefill, shared-prefix decode.
+
+All softmaxes are in float32, so that the sampler's log-probs are the trainer's.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+NEG_INF = -1e30  # finite: a fully masked row gives a uniform softmax, not NaN
+
+
+def interval_attention(
+  q_BxTxHxDh: jax.Array,
+  k_BxTxKxDh: jax.Array,
+  v_BxTxKxDh: jax.Array,
+  until_BxT: jax.Array,
+  key_blocks_BxNxW: jax.Array,
+) -> jax.Array:
+  """Attention in which query i sees key j iff j <= i < until[j], computed on visible blocks only.
+
+  A row is a forest written depth first (`training/packing.py`), so this one integer a key is exactly
+  "the key is an ancestor of the query, or an earlier token of its segment". The row is cut into N blocks of
+  C = T / N tokens, and each query block is multiplied with the W key blocks listed for it: cost T * W * C, not T * T.
+
+  Args:
+    q_BxTxHxDh: queries; H a multiple of K.
+    k_BxTxKxDh: keys.
+    v_BxTxKxDh: values.
+    until_BxT: [B, T] int32, first row index past the subtree that hangs off the token.
+    key_blocks_BxNxW: [B, N, W] int32, indices of the key blocks that query block n may see; -1 pads.
+
+  Returns:
+    [B, T, H, Dh], dtype of v.
+  """
+  B, T, H, Dh = q_BxTxHxDh.shape
+  K = k_BxTxKxDh.shape[2]
+  N, W = key_blocks_BxNxW.shape[1:]
+  chex.assert_shape(until_BxT, (B, T))
+  chex.assert_is_divisible(T, N)
+  C, G = T // N, H // K
+  index_BxNxW = jnp.maximum(key_blocks_BxNxW, 0)
+  take = jax.vmap(lambda blocks, index: blocks[index])
+  k_BxNxWCxKxDh = take(k_BxTxKxDh.reshape(B, N, C, K, Dh), index_BxNxW).reshape(B, N, W * C, K, Dh)
+  v_BxNxWCxKxDh = take(v_BxTxKxDh.reshape(B, N, C, K, Dh), index_BxNxW).reshape(B, N, W * C, K, Dh)
+  until_BxNxWxC = take(until_BxT.reshape(B, N, C), index_BxNxW)
+
+  key_BxNxWxC = index_BxNxW[..., None] * C + jnp.arange(C)[None, None, None]
+  until_BxNxWxC = jnp.where(key_blocks_BxNxW[..., None] >= 0, until_BxNxWxC, 0)
+  query_NxC = jnp.arange(T).reshape(N, C)[None, :, :, None]
+  key_BxNx1xWC = key_BxNxWxC.reshape(B, N, 1, W * C)
+  visible_BxNxCxWC = (key_BxNx1xWC <= query_NxC) & (
+    query_NxC < until_BxNxWxC.reshape(B, N, 1, W * C)
+  )
+
+  q_BxNxCxKxGxDh = q_BxTxHxDh.reshape(B, N, C, K, G, Dh)
+  scores = jnp.einsum(
+    "bnckgd,bnskd->bnkgcs", q_BxNxCxKxGxDh, k_BxNxWCxKxDh, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(visible_BxNxCxWC[:, :, None, None], scores * Dh**-0.5, NEG_INF)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v_BxTxKxDh.dtype)
+  mixed = jnp.einsum("bnkgcs,bnskd->bnckgd", weights, v_BxNxWCxKxDh)
+  return mixed.reshape(B, T, H, Dh)
+
+
+class PackedContext(NamedTuple):
+  """What `attend_packed` needs of a batch of packed forests."""
+
+  until: jax.Array  # [B, T] int32
+  key_blocks: jax.Array  # [B, N, W] int32
+
+
+def attend_packed(q, k, v, context: PackedContext, cache):
+  """Training: interval attention, no cache."""
+  return interval_attention(q, k, v, context.until, context.key_blocks), cache
+
+
+def attend_prefill(q, k, v, context, cache):
+  """Prefill: plain causal attention over one right-padded row; the cache is head-major (k, v) [B, K, T, Dh]."""
+  del context, cache
+  B, T = k.shape[:2]
+  until = jnp.full((B, T), T, jnp.int32)
+  mixed = interval_attention(q, k, v, until, jnp.zeros((B, 1, 1), jnp.int32))
+  return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+
+class DecodeContext(NamedTuple):
+  """What `attend_decode` needs besides the caches. R groups of n continuations, P prefix slots, S suffix slots."""
+
+  visible: jax.Array  # [R, n] int32, number of leading prefix tokens that a continuation sees
+  suffix_mask: jax.Array  # [R, S] bool, suffix slots that belong to the group
+  slot: jax.Array  # scalar int32, suffix slot that this step writes
+  writes: jax.Array  # [R] bool, groups that write it; a group that is done keeps its suffix
+
+
+def attend_decode(q, k, v, context: DecodeContext, cache):
+  """Decode: one new token a continuation against the group's shared prefix and its own suffix.
+
+  The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh] matrix a key-value head.
+  Prefix and suffix scores share one softmax, normalised by their joint log-sum-exp.
+
+  Args:
+    q: [R * n, 1, H, Dh].
+    k: [R * n, 1, K, Dh].
+    v: like k.
+    context: see `DecodeContext`.
+    cache: (prefix keys, prefix values) [R, K, P, Dh] and (suffix keys, suffix values) [R, n, K, S, Dh].
+
+  Returns:
+    ([R * n, 1, H, Dh], (updated suffix keys, updated suffix values)).
+  """
+  prefix_k, prefix_v, suffix_k, suffix_v = cache
+  R, n, K, _, Dh = suffix_k.shape
+  G = q.shape[2] // K
+
+  def write(store, new):
+    old = jax.lax.dynamic_slice_in_dim(store, context.slot, 1, axis=3)
+    new = new.reshape(R, n, K, 1, Dh).astype(store.dtype)
+    new = jnp.where(context.writes[:, None, None, None, None], new, old)
+    return jax.lax.dynamic_update_slice_in_dim(store, new, context.slot, axis=3)
+
+  suffix_k, suffix_v = write(suffix_k, k), write(suffix_v, v)
+  q_RxKxnxGxDh = q.reshape(R, n, K, G, Dh).swapaxes(1, 2)
+  to_prefix = jnp.einsum(
+    "rkngd,rkpd->rkngp", q_RxKxnxGxDh, prefix_k, preferred_element_type=jnp.float32
+  )
+  to_suffix = jnp.einsum(
+    "rkngd,rnksd->rkngs", q_RxKxnxGxDh, suffix_k, preferred_element_type=jnp.float32
+  )
+  position_P = jnp.arange(prefix_k.shape[2])[None, None, None, None]
+  sees_prefix = position_P < context.visible[:, None, :, None, None]
+  sees_suffix = context.suffix_mask[:, None, None, None]
+  to_prefix = jnp.where(sees_prefix, to_prefix * Dh**-0.5, NEG_INF)
+  to_suffix = jnp.where(sees_suffix, to_suffix * Dh**-0.5, NEG_INF)
+  peak = jnp.maximum(to_prefix.max(-1, keepdims=True), to_suffix.max(-1, keepdims=True))
+  to_prefix, to_suffix = jnp.exp(to_prefix - peak), jnp.exp(to_suffix - peak)
+  total = to_prefix.sum(-1, keepdims=True) + to_suffix.sum(-1, keepdims=True)
+  mixed = jnp.einsum("rkngp,rkpd->rkngd", (to_prefix / total).astype(v.dtype), prefix_v)
+  mixed = mixed + jnp.einsum("rkngs,rnksd->rkngd", (to_suffix / total).astype(v.dtype), suffix_v)
+  return mixed.swapaxes(1, 2).reshape(q.shape), (suffix_k, suffix_v)

@@ -1,0 +1,135 @@
+"""What a run works with, made once from its config: tokenizer, mesh, model geometry, prompts, samplers."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from spo_jax import rewards
+from spo_jax.config import Config, check_mesh
+from spo_jax.data import source
+from spo_jax.data.tokenizer import check_tokenizer, load_tokenizer
+from spo_jax.errors import UserError
+from spo_jax.forest import Forest
+from spo_jax.infra.mesh import make_mesh, param_shardings, replicate, row_shards
+from spo_jax.infra.progress import Progress
+from spo_jax.models.decoder import DecoderConfig, init_params
+from spo_jax.sampling.sampler import Sampler
+from spo_jax.sampling.strategies import Prompts
+from spo_jax.sampling.token import SamplingConfig
+from spo_jax.training.optimizer import OptimizerConfig
+from spo_jax.training.step import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The fixed parts of a run."""
+
+  config: Config
+  workdir: pathlib.Path
+  tokenizer: Any  # a Hugging Face tokenizer
+  mesh: jax.sharding.Mesh
+  model: DecoderConfig
+  progress: Progress
+
+  def key(self, stream: str) -> jax.Array:
+    """The root key of a named stream of random numbers."""
+    streams = ("params", "rollout", "eval", "warm_start")
+    return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
+
+  def split(self, name: str) -> Sequence[dict[str, Any]]:
+    """Records of a split; see `source.load_split`."""
+    data = self.config.data
+    folder = data.data_dir or str(self.workdir / "data")
+    return source.load_split(data.name, data.variant, name, folder)
+
+  def sampler(self, *, temperature: float, truncate: bool) -> Sampler:
+    """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
+    rollout = self.config.rollout
+    sampling = SamplingConfig(
+      temperature=temperature,
+      top_k=rollout.top_k if truncate else 0,
+      top_p=rollout.top_p if truncate else 1.0,
+    )
+    return Sampler(
+      cfg=self.model,
+      mesh=self.mesh,
+      eos_id=self.tokenizer.eos_token_id,
+      sampling=sampling,
+      slots=rollout.slots,
+      refill_share=rollout.refill_share,
+    )
+
+  def prompts(self, records: Sequence[dict[str, Any]], key: jax.Array, ids: str) -> Prompts:
+    """Tokenises records; a prompt's key is folded from the record's field `ids`, so it does not depend on the batch."""
+    tokens, lengths = source.encode_prompts(
+      self.tokenizer, [r["question"] for r in records], self.config.rollout.max_prompt_tokens
+    )
+    numbers = np.asarray([int(r[ids]) for r in records], np.uint32)
+    return Prompts(tokens, lengths, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
+
+  def grade(
+    self, forest: Forest, records: Sequence[dict[str, Any]], leaves: np.ndarray
+  ) -> tuple[np.ndarray, int]:
+    """Rewards of leaves, each on its response alone; and how many times the grader failed.
+
+    Args:
+      forest: the rollout; tree i answers `records[i]`.
+      records: with the field `answer`.
+      leaves: [k] node ids.
+
+    Returns:
+      ([k] float32, failures).
+    """
+    texts = self.tokenizer.batch_decode(
+      [forest.response(leaf) for leaf in leaves], skip_special_tokens=True
+    )
+    answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
+    return rewards.grade_all(texts, answers, self.config.data.grader)
+
+  def initial_state(self, optimizer: OptimizerConfig) -> TrainState:
+    """Random parameters and an empty optimiser, sharded from the start."""
+    key = self.key("params")
+    shapes = jax.eval_shape(lambda: init_params(self.model, key))
+    shardings = param_shardings(self.mesh, shapes)
+    make = jax.jit(lambda: nn.unbox(init_params(self.model, key)), out_shardings=shardings)
+    return self.fresh_state(make(), optimizer)
+
+  def fresh_state(self, params: Any, optimizer: OptimizerConfig) -> TrainState:
+    """A state around given parameters; moments are sharded as their parameters."""
+    state = init_state(params, optimizer)
+    place = lambda x: x if len(x.sharding.device_set) == self.mesh.size else replicate(self.mesh, x)
+    return jax.tree.map(place, state)
+
+
+def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
+  """Builds the parts of a run and checks them against each other.
+
+  Raises:
+    UserError: if a batch does not divide over the mesh, the tokenizer lacks a token, the grader is unknown, or the
+      delimiter is no token.
+  """
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  check_mesh(config, row_shards(mesh))
+  rewards.get_grader(config.data.grader)
+  tokenizer = load_tokenizer(config.data.tokenizer, work_dir=str(workdir))
+  check_tokenizer(tokenizer, len(tokenizer))
+  model = DecoderConfig(vocab_size=len(tokenizer), **dataclasses.asdict(config.model))
+  return Run(config, workdir, tokenizer, mesh, model, progress)
+
+
+def delimiter_ids(tokenizer, delimiter: str) -> tuple[int, ...]:
+  """Ids of the tokens that end a segment under the delimiter partition.
+
+  Raises:
+    UserError: if the delimiter is not one token.
+  """
+  ids = tokenizer(delimiter, add_special_tokens=False)["input_ids"]
+  if len(ids) != 1:
+    raise UserError(f"config.partition.delimiter {delimiter!r} is {len(ids)} tokens, not one")
+  return tuple(ids)

@@ -1,0 +1,72 @@
+"""The verbs, compiled: a thin shell that keeps shapes static and arrays on the mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from spo_jax.infra.mesh import shard_rows
+from spo_jax.models.decoder import DecoderConfig
+from spo_jax.sampling import verbs
+from spo_jax.sampling.token import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Runs the sampling verbs for one model on one mesh. Results of `decode` are on the host."""
+
+  cfg: DecoderConfig
+  mesh: jax.sharding.Mesh
+  eos_id: int
+  sampling: SamplingConfig
+  slots: int  # most groups decoded at a time
+  refill_share: float
+
+  def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
+    """See `verbs.prefill`."""
+    return _prefill(self.cfg, params, *shard_rows(self.mesh, (tokens_RxP, lengths_R)))
+
+  def decode(
+    self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
+  ) -> verbs.Segments:
+    """See `verbs.decode`."""
+    decode_cfg = verbs.DecodeConfig(
+      max_new_tokens=max_new_tokens,
+      slots=self.slots,
+      refill_share=self.refill_share,
+      eos_id=self.eos_id,
+      sampling=self.sampling,
+      keep_cache=keep_cache,
+    )
+    return _decode(self.cfg, decode_cfg, params, prefix, shard_rows(self.mesh, groups))
+
+  def extend(self, prefix, groups, segments, index_R: np.ndarray) -> verbs.Prefix:
+    """See `verbs.extend`."""
+    groups, index_R = shard_rows(self.mesh, (groups, index_R))
+    return _extend(prefix, groups, segments, index_R)
+
+
+_prefill = functools.partial(jax.jit, static_argnums=0)(verbs.prefill)
+_decode = functools.partial(jax.jit, static_argnums=(0, 1))(verbs.decode)
+_extend = jax.jit(verbs.extend)
+
+
+def compiled_programs() -> int:
+  """Number of programs that the verbs have been compiled to so far in this process."""
+  return sum(verb._cache_size() for verb in (_prefill, _decode, _extend))
+
+
+@jax.jit
+def child_keys(keys_R: jax.Array, children_RxC: jax.Array) -> jax.Array:
+  """[R, C] keys of the given children of each node: a key depends on (prompt, path of children) alone."""
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+  # A node's own key seeds its children with odd data and its token draws with even data.
+  return fold(keys_R, 2 * children_RxC + 1)
+
+
+@jax.jit
+def draw_keys(keys: jax.Array) -> jax.Array:
+  """Keys of the token draws of nodes, apart from those of their children; any shape."""
+  flat = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys.reshape(-1), 0)
+  return flat.reshape(keys.shape)

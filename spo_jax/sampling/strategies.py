@@ -1,0 +1,192 @@
+"""The three ways to grow a forest: group (GRPO), tree (SPO-tree), chain (SPO-chain). Host code over the verbs."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from spo_jax.forest import Forest, ForestBuilder
+from spo_jax.sampling import verbs
+from spo_jax.sampling.sampler import Sampler, child_keys, draw_keys
+
+# [B, T] tokens, log-probs and mask -> [B, T] bool, True where a segment begins (`algorithms/partition.py`).
+Partition = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """A batch of prompts."""
+
+  tokens: np.ndarray  # [R, P] int32, right-padded
+  lengths: np.ndarray  # [R] int32
+  keys: jax.Array  # [R] typed PRNG keys, one a prompt
+
+
+def grow_tree(
+  sampler: Sampler, params, prompts: Prompts, *, branches: tuple[int, ...], budgets: tuple[int, ...]
+) -> Forest:
+  """SPO-tree: every node that used its whole budget gets `branches[depth]` children of at most `budgets[depth]` tokens.
+
+  A node that ends by itself is a leaf wherever it is; so is every node at the last depth. GRPO is the tree of one level:
+  branches (G,) and budgets (the longest response,).
+  """
+  builder = ForestBuilder()
+  nodes = builder.add_roots(prompts.tokens, prompts.lengths)
+  prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
+  row, starts, keys = np.arange(len(nodes), dtype=np.int32), prompts.lengths, prompts.keys
+  for level, (n, budget) in enumerate(zip(branches, budgets, strict=True)):
+    last = level == len(branches) - 1
+    keys = child_keys(keys, np.broadcast_to(np.arange(n), (len(row), n)))
+    groups = verbs.Groups(
+      row=row,
+      starts=np.repeat(starts[:, None], n, axis=1).astype(np.int32),
+      limits=np.where(row[:, None] >= 0, np.full((1, n), budget), 0).astype(np.int32),
+      keys=draw_keys(keys),
+    )
+    segments = sampler.decode(params, prefix, groups, max_new_tokens=budget, keep_cache=not last)
+    host = jax.device_get(segments._replace(cache=()))
+    wanted = host.lengths > 0
+    children = np.full(wanted.shape, -1, np.int32)
+    children[wanted] = _add_segments(builder, np.repeat(nodes, n).reshape(-1, n)[wanted], host, wanted)
+    if last:
+      break
+    survives = np.flatnonzero(wanted & ~host.finished)
+    index = np.full(wanted.size, verbs.NO_GROUP, np.int32)
+    index[: len(survives)] = survives
+    prefix = sampler.extend(prefix, groups, segments, index)
+    starts = np.where(index >= 0, (groups.starts + host.lengths).reshape(-1)[index], 1)
+    row = np.where(index >= 0, np.arange(len(index)), verbs.NO_GROUP).astype(np.int32)
+    nodes, keys = children.reshape(-1)[index], keys.reshape(-1)[index]
+  return builder.build()
+
+
+def grow_chain(
+  sampler: Sampler,
+  params,
+  prompts: Prompts,
+  *,
+  samples: int,
+  probes: int,
+  max_new_tokens: int,
+  partition: Partition,
+  cuts_per_group: int,
+) -> Forest:
+  """SPO-chain: trajectories cut into segments, and `probes` rollouts from the state before each cut.
+
+  A trajectory becomes a path of segment nodes; the probes hang off the node that ends at their cut (the prompt, if a cut
+  precedes the first token). A prompt is probed once for all its trajectories. The probes continue inside the trajectory's
+  own cache: nothing is prefilled twice.
+
+  Args:
+    sampler: the compiled verbs.
+    params: parameters of the policy.
+    prompts: R prompts.
+    samples: G, trajectories a prompt.
+    probes: rollouts at a cut.
+    max_new_tokens: longest response, of trajectories and of probes (what precedes the cut included).
+    partition: where segments begin.
+    cuts_per_group: cuts whose probes are decoded together against one trajectory.
+
+  Returns:
+    The forest: prompts, segments, probes.
+  """
+  builder = ForestBuilder()
+  roots = builder.add_roots(prompts.tokens, prompts.lengths)
+  prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
+  shape = (len(roots), samples)
+  keys = child_keys(prompts.keys, np.broadcast_to(np.arange(samples), shape))
+  groups = verbs.Groups(
+    row=np.arange(len(roots), dtype=np.int32),
+    starts=np.repeat(prompts.lengths[:, None], samples, axis=1).astype(np.int32),
+    limits=np.full(shape, max_new_tokens, np.int32),
+    keys=draw_keys(keys),
+  )
+  segments = sampler.decode(
+    params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=True
+  )
+  host = jax.device_get(segments._replace(cache=()))
+  tokens, logprobs = (x.reshape(-1, max_new_tokens) for x in (host.tokens, host.logprobs))
+  mask = np.arange(max_new_tokens) < host.lengths.reshape(-1, 1)
+  cuts = np.asarray(partition(tokens, logprobs, mask))
+  before = _add_paths(builder, np.repeat(roots, samples), tokens, logprobs, mask, cuts, host.finished)
+
+  # The state before the first token is the prompt's own: one trajectory probes it for all.
+  first_of_prompt = np.cumsum(cuts[:, 0].reshape(shape), axis=1).reshape(-1) == 1
+  cuts[:, 0] &= first_of_prompt
+  prefix = sampler.extend(prefix, groups, segments, np.arange(len(mask), dtype=np.int32))
+  for row, position in _deal_cuts(cuts, cuts_per_group):
+    wanted = np.repeat(position >= 0, probes, axis=1)
+    position = np.maximum(position, 0)
+    trajectory = np.maximum(row, 0)
+    spread = lambda x: np.repeat(x, probes, axis=1).astype(np.int32)
+    cut_keys = child_keys(keys.reshape(-1)[trajectory], position)
+    probe_keys = child_keys(
+      cut_keys.reshape(-1), np.broadcast_to(np.arange(probes), (position.size, probes))
+    )
+    groups = verbs.Groups(
+      row=row,
+      starts=spread(prompts.lengths[trajectory // samples][:, None] + position),
+      limits=np.where(wanted, max_new_tokens - spread(position), 0).astype(np.int32),
+      keys=draw_keys(probe_keys.reshape(wanted.shape)),
+    )
+    host = jax.device_get(
+      sampler.decode(params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=False)
+    )
+    parents = spread(before[trajectory[:, None], position])
+    _add_segments(builder, parents[wanted], host, wanted, probe=True)
+  return builder.build()
+
+
+def _add_segments(builder, parents, host: verbs.Segments, wanted, *, probe=False) -> np.ndarray:
+  """Adds the wanted [Q, n] segments as nodes; returns their ids in row-major order."""
+  mask = (np.arange(host.tokens.shape[-1]) < host.lengths[..., None]) & wanted[..., None]
+  return builder.add(
+    parents,
+    host.tokens[mask],
+    host.logprobs[mask],
+    host.lengths[wanted],
+    host.finished[wanted],
+    probe=probe,
+  )
+
+
+def _add_paths(builder, roots, tokens, logprobs, mask, cuts, finished) -> np.ndarray:
+  """Adds trajectories [B, T] as paths of segments; returns [B, T], the node that ends before each token."""
+  begins = cuts.copy()
+  begins[:, 0] = True
+  begins &= mask
+  count = begins.sum(1)
+  is_last = np.zeros(count.sum(), bool)
+  is_last[np.cumsum(count) - 1] = True
+  owner = np.cumsum(begins.reshape(-1)).reshape(begins.shape) - 1  # running index of the token's segment
+  lengths = np.bincount(owner[mask], minlength=count.sum())
+  first_id = builder.next_id
+  first_segment = np.zeros(count.sum(), bool)
+  first_segment[np.cumsum(count) - count] = True
+  parents = np.where(first_segment, np.repeat(roots, count), first_id + np.arange(count.sum()) - 1)
+  ends = np.where(is_last, np.repeat(finished.reshape(-1), count), False)
+  builder.add(parents, tokens[mask], logprobs[mask], lengths, ends, probe=False)
+  return parents[np.maximum(owner, 0)]
+
+
+def _deal_cuts(cuts: np.ndarray, cuts_per_group: int):
+  """Deals the cuts of each trajectory into groups, and the groups into batches of one shape.
+
+  Args:
+    cuts: [B, T] bool.
+    cuts_per_group: c.
+
+  Yields:
+    (row [B] int32, NO_GROUP pads; position [B, c] int32, -1 pads).
+  """
+  trajectory, where = np.nonzero(cuts)
+  rank = np.arange(len(where)) - np.searchsorted(trajectory, trajectory)
+  place = rank % cuts_per_group
+  group = np.cumsum(place == 0) - 1  # running number, in order of trajectories
+  batches = -(-(group.max(initial=-1) + 1) // len(cuts))
+  row = np.full(batches * len(cuts), verbs.NO_GROUP, np.int32)
+  position = np.full((len(row), cuts_per_group), -1, np.int32)
+  row[group] = trajectory
+  position[group, place] = where
+  yield from zip(np.split(row, batches), np.split(position, batches), strict=True)

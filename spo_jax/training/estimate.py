@@ -1,0 +1,68 @@
+"""From a graded forest to the advantage of every segment: the host's side of `algorithms/values.py`."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from spo_jax.algorithms import advantages as advantage_kinds
+from spo_jax.algorithms import values as value_ops
+from spo_jax.config import AdvantageConfig
+from spo_jax.forest import Forest
+
+
+class Estimate(NamedTuple):
+  """Per node, on the host."""
+
+  values: np.ndarray  # [N] float32, of the state in which the segment ends
+  known: np.ndarray  # [N] bool
+  advantages: np.ndarray  # [N] float32
+  trained: np.ndarray  # [N] bool, segments with a signal; never prompts or probes
+
+
+def estimate(
+  forest: Forest, rewards: np.ndarray, cfg: AdvantageConfig, *, probed: bool
+) -> Estimate:
+  """Values and advantages of all nodes of a forest.
+
+  Args:
+    forest: N nodes.
+    rewards: [N] float32, read at the leaves.
+    cfg: kind of advantage, tolerance, penalty of unfinished responses.
+    probed: values come from probes alone (SPO-chain); otherwise from all children.
+
+  Returns:
+    Estimates of the N nodes.
+  """
+  counted = (forest.depth > 0) & (forest.probe | (not probed))
+  # Sizes are rounded up, so that forests of many shapes share a compiled program.
+  room = _power_of_two(len(rewards)) - len(rewards)
+  pad = lambda x, value: np.pad(x, (0, room), constant_values=value)
+  result = _estimate(
+    pad(forest.parent, -1),
+    pad(forest.depth, -1),
+    pad(rewards, 0),
+    pad(forest.leaf, False),
+    pad(forest.finished, False),
+    pad(forest.probe, False),
+    pad(counted, False),
+    max_depth=_power_of_two(int(forest.depth.max())),
+    cfg=cfg,
+  )
+  return Estimate(*(np.asarray(x)[: len(rewards)] for x in result))
+
+
+def _power_of_two(size: int) -> int:
+  return 1 << (size - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnames=("max_depth", "cfg"))
+def _estimate(parent, depth, rewards, leaf, finished, probe, counted, *, max_depth, cfg):
+  rewards = value_ops.shaped_rewards(
+    rewards, leaf & ~finished, unfinished_penalty=cfg.unfinished_penalty
+  )
+  forest = value_ops.forest_values(parent, depth, rewards, leaf, counted, max_depth=max_depth)
+  advantages = advantage_kinds.make_advantage(cfg.kind, eps=cfg.eps)(forest, parent, counted)
+  trained = advantage_kinds.nonzero(advantages, tolerance=cfg.tolerance) & (depth > 0) & ~probe
+  return Estimate(forest.values, forest.known, advantages, trained)

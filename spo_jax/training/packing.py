@@ -1,0 +1,288 @@
+"""From forests to one training batch: the packed forest.
+
+A row is a forest written out depth first, so that a token shared by many leaves passes through the model once. Two integers
+a token carry the structure: `prev`, the row index of the token it continues, and `until`, the first row index past the
+subtree that hangs off it. Query q may attend key k iff k <= q < until[k].
+
+M micro-batches, B rows a micro-batch, T tokens a row, N blocks a row, W visible key blocks of a query block.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from spo_jax.errors import UserError
+from spo_jax.forest import Forest
+
+
+class PackedForest(NamedTuple):
+  """A batch of packed rows; [M, B, T] arrays, micro-batches leading."""
+
+  tokens: np.ndarray  # int32
+  positions: np.ndarray  # int32, distance from the root of the token's tree
+  prev: np.ndarray  # int32, row index of the token that this one continues; -1 at roots and padding
+  until: np.ndarray  # int32, first row index past the subtree that hangs off the token
+  loss_mask: np.ndarray  # bool, tokens of trained segments
+  advantages: np.ndarray  # float32, of the token's segment
+  old_logprobs: np.ndarray  # float32, under the sampling policy
+  ref_logprobs: np.ndarray  # float32, under the reference policy; 0 until they are computed
+  key_blocks: np.ndarray  # [M, B, N, W] int32, key blocks that a query block may see; -1 pads
+  segments: np.ndarray  # [M] int32, trained segments
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+  """Shape of a packed batch."""
+
+  row_length: int  # T
+  rows: int  # B
+  block: int  # T / N, tokens of an attention block
+  key_blocks: int = 0  # W; 0 takes what the batch needs
+  min_micro_batches: int = 1  # M is at least this, so that its shape need not change
+
+  def __post_init__(self):
+    if self.row_length % self.block:
+      raise UserError(
+        f"row_length {self.row_length} must be a multiple of the attention block {self.block}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+  """Nodes of one tree that stay together in a row, depth first. Context nodes are trained in another piece."""
+
+  nodes: list[int]
+  context: list[bool]
+  size: int
+
+
+def pack(
+  forest: Forest, advantages: np.ndarray, trained: np.ndarray, cfg: PackConfig
+) -> tuple[PackedForest, dict[str, int]]:
+  """Packs the trained segments of a forest, and the ancestors that they need, into rows.
+
+  Trees are laid into rows best fit, the largest first. A tree longer than a row is cut into sub-trees, each with
+  a copy of its ancestors, which are trained in one of the copies only.
+
+  Args:
+    forest: N nodes.
+    advantages: [N] float32, of each node's segment.
+    trained: [N] bool, segments that enter the loss.
+    cfg: shape of the batch.
+
+  Returns:
+    (batch, counts): counts has `rows`, `micro_batches` that hold them, `segments` and `tokens` trained, `packed_tokens`.
+
+  Raises:
+    UserError: if a path from root to leaf is longer than a row, or a query block sees more than `cfg.key_blocks`.
+  """
+  pieces = _cut_into_pieces(forest, trained, cfg.row_length)
+  rows = _fill_rows([piece.size for piece in pieces], cfg.row_length)
+  micro_batches = -(-len(rows) // cfg.rows)
+  shape = (max(micro_batches, cfg.min_micro_batches) * cfg.rows, cfg.row_length)
+  flat = np.arange(shape[0] * shape[1])
+  batch = {
+    "tokens": np.zeros(flat.shape, np.int32),
+    "positions": np.zeros(flat.shape, np.int32),
+    "prev": np.full(flat.shape, -1, np.int32),
+    "until": (flat % cfg.row_length + 1).astype(np.int32),  # padding sees itself alone
+    "loss_mask": np.zeros(flat.shape, bool),
+    "advantages": np.zeros(flat.shape, np.float32),
+    "old_logprobs": np.zeros(flat.shape, np.float32),
+    "ref_logprobs": np.zeros(flat.shape, np.float32),
+  }
+  placed = _place(forest, pieces, rows, cfg.row_length)
+  lengths = forest.lengths[placed["node"]]
+  within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+  spread = lambda name: np.repeat(placed[name], lengths)
+  start = spread("start")
+  target = spread("row") * cfg.row_length + start + within
+  source = forest.offsets[spread("node")] + within
+  batch["tokens"][target] = forest.tokens[source]
+  batch["positions"][target] = spread("position") + within
+  batch["prev"][target] = np.where(within == 0, spread("prev"), start + within - 1)
+  batch["until"][target] = spread("until")
+  batch["loss_mask"][target] = trained[spread("node")] & ~spread("context")
+  batch["advantages"][target] = advantages[spread("node")]
+  batch["old_logprobs"][target] = forest.logprobs[source]
+
+  batch = {name: array.reshape(shape) for name, array in batch.items()}
+  batch["key_blocks"] = visible_blocks(batch["until"], cfg.block, cfg.key_blocks)
+  batch = {name: x.reshape(-1, cfg.rows, *x.shape[1:]) for name, x in batch.items()}
+  own = trained[placed["node"]] & ~placed["context"]
+  batch["segments"] = np.bincount(
+    placed["row"][own] // cfg.rows, minlength=len(batch["tokens"])
+  ).astype(np.int32)
+  counts = {
+    "rows": len(rows),
+    "micro_batches": micro_batches,
+    "segments": int(trained.sum()),
+    "tokens": int(batch["loss_mask"].sum()),
+    "packed_tokens": int(lengths.sum()),
+  }
+  return PackedForest(**batch), counts
+
+
+def visible_blocks(until_RxT: np.ndarray, block: int, width: int) -> np.ndarray:
+  """The key blocks that each query block may see, ascending.
+
+  Key block j is visible to query block i >= j iff j == i or some key of j reaches into i: max(until[j]) > i * block.
+
+  Args:
+    until_RxT: [R, T] int32.
+    block: tokens of a block.
+    width: W; 0 takes the most that any query block sees.
+
+  Returns:
+    [R, T / block, W] int32; -1 pads.
+
+  Raises:
+    UserError: if a query block sees more than `width` key blocks.
+  """
+  R, T = until_RxT.shape
+  N = T // block
+  reach_RxN = until_RxT.reshape(R, N, block).max(-1)
+  query, key = np.arange(N)[:, None], np.arange(N)[None]
+  visible = (key <= query) & ((reach_RxN[:, None, :] > query * block) | (key == query))
+  needed = int(visible.sum(-1).max(initial=1))
+  width = width or needed
+  if needed > width:
+    raise UserError(f"a query block sees {needed} key blocks, more than key_blocks {width}")
+  order = np.argsort(~visible, axis=-1, kind="stable")[..., :width].astype(np.int32)
+  kept = np.take_along_axis(visible, order, axis=-1)
+  table = np.where(kept, order, -1).astype(np.int32)
+  return np.pad(table, ((0, 0), (0, 0), (0, width - table.shape[-1])), constant_values=-1)
+
+
+def key_blocks_bound(path_lengths: list[int], block: int, row_length: int) -> int:
+  """Most key blocks that a query block can see in a packed row of trees with these longest segments, root first.
+
+  What a block of queries sees, apart from itself, are the ancestors of its first token: whatever begins later lies
+  inside the block. A segment of s tokens touches at most ceil((s - 1) / block) + 1 blocks.
+  """
+  touched = sum(-(-(length - 1) // block) + 1 for length in path_lengths)
+  return min(row_length // block, 1 + touched)
+
+
+def with_room(cfg: PackConfig, tree_tokens: int, trees: int) -> PackConfig:
+  """Sets `min_micro_batches` to what `trees` trees of at most `tree_tokens` tokens can need, so that M never changes.
+
+  With n of the largest trees to a row, rows hold at least n trees each but for the last; best fit also leaves at most one
+  row less than half full. A tree longer than a row is cut into pieces, whose ancestors are written anew: room for twice
+  its tokens is left.
+  """
+  in_row = cfg.row_length // tree_tokens
+  half_full = -(-2 * trees * tree_tokens // cfg.row_length) + 1
+  rows = min(-(-trees // in_row), half_full) if in_row else 2 * half_full
+  return dataclasses.replace(cfg, min_micro_batches=-(-rows // cfg.rows))
+
+
+def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> list[_Piece]:
+  parents = forest.parent.tolist()
+  lengths = forest.lengths.tolist()
+  needed, size = trained.tolist(), [0] * len(parents)
+  children = [[] for _ in parents]
+  for node in range(len(parents) - 1, -1, -1):
+    if needed[node]:
+      size[node] += lengths[node]
+      parent = parents[node]
+      if parent >= 0:
+        needed[parent] = True
+        size[parent] += size[node]
+        children[parent].append(node)
+  for below in children:
+    below.reverse()
+
+  pieces = []
+
+  def write(node, nodes):
+    stack = [node]
+    while stack:
+      node = stack.pop()
+      nodes.append(node)
+      stack.extend(reversed(children[node]))
+
+  def cut(node, path, path_size):
+    """Cuts the sub-tree of `node` below the context `path` of `path_size` tokens."""
+    if path_size + size[node] <= row_length:
+      nodes = list(path)
+      write(node, nodes)
+      context = [True] * len(path) + [False] * (len(nodes) - len(path))
+      pieces.append(_Piece(nodes, context, path_size + size[node]))
+      return
+    above, above_size = [*path, node], path_size + lengths[node]
+    if above_size > row_length or not children[node]:
+      raise UserError(
+        f"a path of {above_size} tokens does not fit row_length {row_length}: make rows at least as long as the "
+        "longest prompt and response together"
+      )
+    fits = [c for c in children[node] if above_size + size[c] <= row_length]
+    first_piece = len(pieces)
+    for members in _fill_rows([size[c] for c in fits], row_length - above_size):
+      nodes = list(above)
+      for member in members:
+        write(fits[member], nodes)
+      context = [True] * len(above) + [False] * (len(nodes) - len(above))
+      pieces.append(_Piece(nodes, context, above_size + sum(size[fits[m]] for m in members)))
+    for child in children[node]:
+      if above_size + size[child] > row_length:
+        cut(child, above, above_size)
+    pieces[first_piece].context[len(path)] = False  # `node` itself is trained in its first copy
+
+  for root in np.flatnonzero(forest.parent < 0):
+    if needed[root]:
+      cut(int(root), [], 0)
+  return pieces
+
+
+def _fill_rows(sizes: list[int], capacity: int) -> list[list[int]]:
+  """Best fit, decreasing: indices of the items of each row."""
+  free: list[int] = []
+  rows: list[list[int]] = []
+  for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    fitting = [r for r in range(len(rows)) if free[r] >= sizes[item]]
+    if fitting:
+      row = min(fitting, key=free.__getitem__)
+    else:
+      row = len(rows)
+      rows.append([])
+      free.append(capacity)
+    rows[row].append(item)
+    free[row] -= sizes[item]
+  return rows
+
+
+def _place(forest: Forest, pieces: list[_Piece], rows: list[list[int]], row_length: int):
+  """Row, start, depth and links of every copy of a node, as arrays over the copies."""
+  columns = {name: [] for name in ("node", "row", "start", "position", "prev", "until", "context")}
+  parents, lengths = forest.parent.tolist(), forest.lengths.tolist()
+  for row, members in enumerate(rows):
+    cursor = 0
+    for member in members:
+      piece = pieces[member]
+      first = len(columns["node"])
+      index: dict[int, int] = {}  # node -> its copy in this piece
+      for node, context in zip(piece.nodes, piece.context, strict=True):
+        above = index.get(parents[node])
+        index[node] = len(columns["node"])
+        columns["node"].append(node)
+        columns["row"].append(row)
+        columns["start"].append(cursor)
+        columns["context"].append(context)
+        columns["until"].append(cursor + lengths[node])
+        if above is None:
+          columns["position"].append(0)
+          columns["prev"].append(-1)
+        else:
+          above_end = columns["start"][above] + lengths[parents[node]]
+          columns["position"].append(columns["position"][above] + lengths[parents[node]])
+          columns["prev"].append(above_end - 1)
+        cursor += lengths[node]
+      for copy in range(len(columns["node"]) - 1, first, -1):
+        above = index[parents[columns["node"][copy]]]
+        columns["until"][above] = max(columns["until"][above], columns["until"][copy])
+  return {
+    name: np.asarray(column, bool if name == "context" else np.int64)
+    for name, column in columns.items()
+  }

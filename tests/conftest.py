@@ -1,0 +1,31 @@
+"""Suite-wide switches: 8 virtual CPU devices, strict promotion, a cache of compiled programs."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+  "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "spo_jax_test_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def fixture_arrays():
+  """Returns a loader: name of an `.npz` file in tests/fixtures -> dict of arrays."""
+
+  def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as file:
+      return dict(file)
+
+  return load
