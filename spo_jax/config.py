@@ -1,4 +1,5 @@
-"""Every field of a run, with its unit and its default. Config files start from these and set what their experiment is about.
+"""Every field of a run, with its unit and its default. Config files start from these and set what
+their experiment is about.
 
 Strings and types are checked here, before anything is built or compiled.
 """
@@ -107,8 +108,8 @@ class AdvantageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateConfig:
-  """The policy loss and the packed batch; see `training/step.py`."""
+class LossConfig:
+  """The policy loss; see `training/step.py`."""
 
   use_probability_mask: bool = True
   scaling: str = "whiten"  # of advantages over the batch: "whiten", "rescale" or "none"
@@ -119,7 +120,12 @@ class UpdateConfig:
   kl_coef: float = 1e-4
   kl_estimator: str = "control_variate"
   kl_clip_max: float = 10.0
-  minibatches: int = 1  # updates an iteration, each on its share of the micro-batches
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingConfig:
+  """The packed batch; see `training/packing.py`."""
+
   row_length: int = 256  # tokens of a packed row
   rows: int = 16  # rows of a micro-batch
   block: int = 32  # tokens of an attention block; divides row_length
@@ -158,6 +164,7 @@ class Config:
 
   seed: int = 0
   iterations: int = 200
+  minibatches: int = 1  # updates an iteration, each on its share of the packed rows
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
@@ -166,7 +173,8 @@ class Config:
   rollout: RolloutConfig = RolloutConfig()
   partition: PartitionConfig = PartitionConfig()
   advantage: AdvantageConfig = AdvantageConfig()
-  update: UpdateConfig = UpdateConfig()
+  loss: LossConfig = LossConfig()
+  packing: PackingConfig = PackingConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
@@ -231,16 +239,34 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
   return built
 
 
+def check_field(path: str) -> None:
+  """Checks that a dotted name, such as `rollout.prompts`, is a field of the config.
+
+  Raises:
+    UserError: if it is not, with the nearest name that is.
+  """
+  cls, where = Config, "config"
+  for name in path.split("."):
+    if not dataclasses.is_dataclass(cls):
+      raise UserError(f"{where} is a {cls.__name__} and has no field {name!r}")
+    _check_name(cls, name, where)
+    cls, where = typing.get_type_hints(cls)[name], f"{where}.{name}"
+
+
+def _check_name(cls, name: str, where: str) -> None:
+  fields = [field.name for field in dataclasses.fields(cls)]
+  if name not in fields:
+    close = difflib.get_close_matches(name, fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(fields)}"
+    raise UserError(f"{where} has no field {name!r}, {hint}")
+
+
 def _build(cls, values: dict[str, Any], where: str):
-  fields = {field.name: field for field in dataclasses.fields(cls)}
   for name in values:
-    if name not in fields:
-      close = difflib.get_close_matches(name, fields, n=1)
-      hint = f", did you mean {close[0]!r}?" if close else f", one of: {', '.join(fields)}"
-      raise UserError(f"{where} has no field {name!r}{hint}")
+    _check_name(cls, name, where)
   types = typing.get_type_hints(cls)
   built = {}
-  for name in fields:
+  for name in types:
     if name not in values:
       raise UserError(f"{where}.{name} is missing")
     built[name] = _convert(types[name], values[name], f"{where}.{name}")
@@ -279,10 +305,10 @@ def _check(config: Config) -> None:
     "rollout.slots": config.rollout.slots,
     "partition.interval": config.partition.interval,
     "partition.length": config.partition.length,
-    "update.minibatches": config.update.minibatches,
-    "update.rows": config.update.rows,
-    "update.block": config.update.block,
-    "update.logprob_chunk": config.update.logprob_chunk,
+    "minibatches": config.minibatches,
+    "packing.rows": config.packing.rows,
+    "packing.block": config.packing.block,
+    "packing.logprob_chunk": config.packing.logprob_chunk,
     "eval.every": config.eval.every,
     "eval.prompts": config.eval.prompts,
     "checkpoint.every": config.checkpoint.every,
@@ -307,14 +333,14 @@ def _check(config: Config) -> None:
     config.advantage.kind,
     ("difference", "normalized", "leave_one_out"),
   )
-  choice("config.update.scaling", config.update.scaling, ("whiten", "rescale", "none"))
+  choice("config.loss.scaling", config.loss.scaling, ("whiten", "rescale", "none"))
   choice(
-    "config.update.kl_estimator",
-    config.update.kl_estimator,
+    "config.loss.kl_estimator",
+    config.loss.kl_estimator,
     ("kl", "abs", "mse", "control_variate", "seq_control_variate"),
   )
   choice("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
-  rollout, model, update = config.rollout, config.model, config.update
+  rollout, model, packing = config.rollout, config.model, config.packing
   need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   need(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}, it must be in (0, 1]")
   need(rollout.top_k >= 0, f"config.rollout.top_k is {rollout.top_k}, it must be 0 (all) or more")
@@ -329,13 +355,13 @@ def _check(config: Config) -> None:
   )
   need(model.head_dim % 2 == 0, f"config.model.head_dim {model.head_dim} must be even (RoPE)")
   need(
-    update.row_length % update.block == 0,
-    f"config.update.row_length {update.row_length} must be a multiple of block {update.block}",
+    packing.row_length % packing.block == 0,
+    f"config.packing.row_length {packing.row_length} must be a multiple of block {packing.block}",
   )
   path = sum(config.longest_segments)
   need(
-    update.row_length >= path,
-    f"config.update.row_length {update.row_length} must hold the longest prompt and response, {path} tokens",
+    packing.row_length >= path,
+    f"config.packing.row_length {packing.row_length} must hold the longest prompt and response, {path} tokens",
   )
 
 
@@ -347,7 +373,7 @@ def check_mesh(config: Config, row_shards: int) -> None:
   """
   batches = {
     "rollout.prompts": config.rollout.prompts,
-    "update.rows": config.update.rows,
+    "packing.rows": config.packing.rows,
     "eval.prompts": config.eval.prompts,
     "warm_start.eval_prompts": config.warm_start.eval_prompts,
   }

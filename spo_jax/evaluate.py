@@ -20,7 +20,8 @@ def accuracy(
 ) -> float:
   """Share of problems that one response each solves; temperature 0 is greedy.
 
-  A problem's random numbers depend on its id alone, so evaluations of one set differ by the policy only.
+  A problem's random numbers depend on its id alone, so evaluations of one set differ by the policy
+  only.
   """
   sampler = run.sampler(temperature=temperature, truncate=False)
   prompts = run.prompts(records, run.key("eval"), "id")

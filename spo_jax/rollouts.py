@@ -1,4 +1,6 @@
-"""Rollout trees for reading: one prompt's forest with text, values and advantages, as JSON for the report."""
+"""Rollout trees for reading: one prompt's forest with text, values and advantages, as JSON for the
+report.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ def save(
   estimated: Estimate,
   records: Sequence[dict[str, Any]],
 ) -> None:
-  """Writes the tree with the most trained segments to `rollouts/last.json`, and at iteration 1 to `first.json` too."""
+  """Writes the tree with the most trained segments to `rollouts/last.json`, and at iteration 1 to
+  `first.json` too.
+  """
   tree = int(np.argmax(np.bincount(forest.tree, weights=estimated.trained)))
   rollout = {
     "iteration": iteration,
@@ -65,7 +69,9 @@ def _nodes(run: Run, forest: Forest, rewards, estimated: Estimate, tree: int):
 
 
 def _pieces(tokenizer, tokens: np.ndarray) -> list[str]:
-  """Text of each token as it reads within its segment: the growth of the decoded text, or a special token's name."""
+  """Text of each token as it reads within its segment: the growth of the decoded text, or a special
+  token's name.
+  """
   pieces, text = [], ""
   for end in range(1, len(tokens) + 1):
     grown = tokenizer.decode(tokens[:end], skip_special_tokens=True)

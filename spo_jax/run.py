@@ -1,4 +1,6 @@
-"""What a run works with, made once from its config: tokenizer, mesh, model geometry, prompts, samplers."""
+"""What a run works with, made once from its config: tokenizer, mesh, model geometry, prompts,
+samplers.
+"""
 
 import dataclasses
 import pathlib
@@ -6,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax import rewards
 from spo_jax.config import Config, check_mesh
@@ -16,13 +19,13 @@ from spo_jax.data import source
 from spo_jax.data.tokenizer import check_tokenizer, load_tokenizer
 from spo_jax.errors import UserError
 from spo_jax.forest import Forest
-from spo_jax.infra.mesh import make_mesh, param_shardings, replicate, row_shards
+from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
 from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
-from spo_jax.training.optimizer import OptimizerConfig
+from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from spo_jax.training.step import TrainState, init_state
 
 
@@ -66,7 +69,9 @@ class Run:
     )
 
   def prompts(self, records: Sequence[dict[str, Any]], key: jax.Array, ids: str) -> Prompts:
-    """Tokenises records; a prompt's key is folded from the record's field `ids`, so it does not depend on the batch."""
+    """Tokenises records; a prompt's key is folded from the record's field `ids`, so it does not
+    depend on the batch.
+    """
     tokens, lengths = source.encode_prompts(
       self.tokenizer, [r["question"] for r in records], self.config.rollout.max_prompt_tokens
     )
@@ -95,24 +100,35 @@ class Run:
   def initial_state(self, optimizer: OptimizerConfig) -> TrainState:
     """Random parameters and an empty optimiser, sharded from the start."""
     key = self.key("params")
-    shapes = jax.eval_shape(lambda: init_params(self.model, key))
-    shardings = param_shardings(self.mesh, shapes)
-    make = jax.jit(lambda: nn.unbox(init_params(self.model, key)), out_shardings=shardings)
-    return self.fresh_state(make(), optimizer)
+    make = lambda: nn.unbox(init_params(self.model, key))
+    return self.fresh_state(jax.jit(make, out_shardings=self.param_shardings())(), optimizer)
+
+  def param_shardings(self) -> Any:
+    """NamedShardings of the parameters."""
+    shapes = jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
+    return param_shardings(self.mesh, shapes)
 
   def fresh_state(self, params: Any, optimizer: OptimizerConfig) -> TrainState:
-    """A state around given parameters; moments are sharded as their parameters."""
+    """A state around given parameters; Adam's moments lie where their parameters do."""
+    shardings = self.param_shardings()
+    whole = NamedSharding(self.mesh, PartitionSpec())
     state = init_state(params, optimizer)
-    place = lambda x: x if len(x.sharding.device_set) == self.mesh.size else replicate(self.mesh, x)
-    return jax.tree.map(place, state)
+    place = optax.tree.map_params(
+      make_optimizer(optimizer),
+      lambda _, sharding: sharding,
+      state.opt_state,
+      shardings,
+      transform_non_params=lambda _: whole,
+    )
+    return jax.device_put(state, TrainState(shardings, place, whole))
 
 
 def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   """Builds the parts of a run and checks them against each other.
 
   Raises:
-    UserError: if a batch does not divide over the mesh, the tokenizer lacks a token, the grader is unknown, or the
-      delimiter is no token.
+    UserError: if a batch does not divide over the mesh, the tokenizer lacks a token, the grader is
+      unknown, or the delimiter is no token.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))

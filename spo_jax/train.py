@@ -1,4 +1,6 @@
-"""Policy iteration, as in the paper's algorithm box: sample, grade, estimate, pack, update, evaluate, checkpoint."""
+"""Policy iteration, as in the paper's algorithm box: sample, grade, estimate, pack, update,
+evaluate, checkpoint.
+"""
 
 import contextlib
 import dataclasses
@@ -28,13 +30,15 @@ from spo_jax.training.warm_start import warm_start
 
 
 def train(run: Run) -> None:
-  """Trains a policy from the warm start, or from the run's newest checkpoint, to the last iteration."""
+  """Trains a policy from the warm start, or from the run's newest checkpoint, to the last
+  iteration.
+  """
   config = run.config
-  ref_params = warm_start(run)
   iterator = source.make_iterator(
     run.split("train"), batch_size=config.rollout.prompts, seed=config.seed
   )
   held = held_out(run, config.eval.split, config.eval.prompts)
+  ref_params = warm_start(run)
   # A copy: training donates its parameters, the reference policy keeps its own.
   state = run.fresh_state(jax.tree.map(jnp.copy, ref_params), config.optimizer)
   counters = Counters()
@@ -88,7 +92,6 @@ def sample(
   Returns:
     (forest, rewards [N] with NaN at inner nodes, metrics).
   """
-  config = run.config
   began = time.perf_counter()
   with run.progress.bar("rollout", total=2) as advance:
     forest = grow(run, params, run.prompts(records, run.key("rollout"), "ordinal"))
@@ -111,7 +114,9 @@ def sample(
 
 
 def _tree_mean(forest: Forest, rewards: np.ndarray, leaves: np.ndarray) -> float:
-  """Mean over leaves, a leaf weighing as much as the sampler visits it: 1 / branches at each of its ancestors."""
+  """Mean over leaves, a leaf weighing as much as the sampler visits it: 1 / branches at each of its
+  ancestors.
+  """
   children = np.bincount(forest.parent[(forest.depth > 0) & ~forest.probe], minlength=len(rewards))
   weight = np.ones(len(rewards))
   for node in np.flatnonzero(forest.depth > 0):
@@ -159,7 +164,7 @@ def update(
   packed_at = time.perf_counter()
   loss_cfg = loss_config(config)
   batch = prepare(run.model, loss_cfg, ref_params, shard_batch(run.mesh, packed), jnp.int32(used))
-  edges = np.linspace(0, used, config.update.minibatches + 1).astype(np.int32)
+  edges = np.linspace(0, used, config.minibatches + 1).astype(np.int32)
   steps = []
   with run.progress.bar("update", total=len(edges) - 1) as advance:
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
@@ -178,7 +183,7 @@ def update(
     "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
     "train/advantage_abs": float(np.mean(np.abs(trained))) if len(trained) else 0.0,
     "train/packed_tokens": counts["packed_tokens"],
-    "train/row_fill": counts["packed_tokens"] / max(1, counts["rows"] * config.update.row_length),
+    "train/row_fill": counts["packed_tokens"] / max(1, counts["rows"] * config.packing.row_length),
     "time/pack_s": packed_at - began,
     "time/update_s": time.perf_counter() - packed_at,
   }
@@ -186,13 +191,13 @@ def update(
 
 def pack_config(config: Config) -> packing.PackConfig:
   """The shape of the packed batch, fixed for the whole run."""
-  update = config.update
+  rows = config.packing
   shape = packing.PackConfig(
-    row_length=update.row_length,
-    rows=update.rows,
-    block=update.block,
+    row_length=rows.row_length,
+    rows=rows.rows,
+    block=rows.block,
     key_blocks=packing.key_blocks_bound(
-      list(config.longest_segments), update.block, update.row_length
+      list(config.longest_segments), rows.block, rows.row_length
     ),
   )
   return packing.with_room(shape, config.longest_tree, config.rollout.prompts)
@@ -200,16 +205,16 @@ def pack_config(config: Config) -> packing.PackConfig:
 
 def loss_config(config: Config) -> LossConfig:
   """The fields of the loss, from where the config keeps them."""
-  names = {field.name for field in dataclasses.fields(LossConfig)}
-  own = {k: v for k, v in dataclasses.asdict(config.update).items() if k in names}
   return LossConfig(
     temperature=config.rollout.temperature,
     probability_threshold=config.probability_threshold,
-    **own,
+    logprob_chunk=config.packing.logprob_chunk,
+    **dataclasses.asdict(config.loss),
   )
 
 
-EMPTY_RECORD = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+EMPTY_RECORD = {"bytes": 0, "sha256":
+"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
 
 
 class Clock:

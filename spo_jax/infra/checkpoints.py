@@ -53,7 +53,7 @@ class Checkpoints:
     except Exception as error:  # Orbax, TensorStore and JSON raise a dozen kinds for a damaged file
       reason = str(error).strip().split("\n")[0][:160]
       raise UserError(
-        f"checkpoint {self._directory / str(step)} cannot be read, delete that folder to go on from the one before: "
+        f"checkpoint {self._directory / str(step)} cannot be read; it is damaged (delete that folder to go on from the one before) or of another model: "
         f"{type(error).__name__}: {reason}"
       ) from error
     return restored.arrays, restored.record

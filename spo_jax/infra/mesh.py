@@ -26,6 +26,8 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     UserError: if the axes do not fit the number of devices.
   """
   devices = jax.devices()
+  if data < -1 or min(abs(data), fsdp, tensor) < 1:
+    raise UserError(f"mesh: data {data}, fsdp {fsdp}, tensor {tensor} must be positive (data: or -1)")
   if data == -1:
     if len(devices) % (fsdp * tensor):
       raise UserError(
@@ -33,7 +35,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
       )
     data = len(devices) // (fsdp * tensor)
   size = data * fsdp * tensor
-  if size > len(devices) or size < 1:
+  if size > len(devices):
     raise UserError(
       f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} needs {size} devices, this machine has {len(devices)}"
     )

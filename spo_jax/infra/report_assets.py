@@ -11,7 +11,8 @@ CSS = """
 @media (prefers-color-scheme:dark){:root{--bg:#10151b;--card:#181f27;--ink:#e4e9ef;--soft:#95a1af;
 --line:#2b343e;--faint:#222a33;--c0:#5ea3f5;--c1:#f0a04b;--c2:#6d7885;--good:#45c2ab;
 --bad:#f08a6c;
---neutral:#252d36;--on:#3a4552;--n4:#a34a2c;--n3:#823d28;--n2:#633325;--n1:#452b25;--p1:#21344b;--p2:#264669;
+--neutral:#252d36;--on:#3a4552;--n4:#a34a2c;--n3:#823d28;--n2:#633325;--n1:#452b25;--p1:#21344b;--p2
+:#264669;
 --p3:#2a5a8d;--p4:#2f6fb3}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}

@@ -108,7 +108,7 @@ def grow_chain(
   host = jax.device_get(segments._replace(cache=()))
   tokens, logprobs = (x.reshape(-1, max_new_tokens) for x in (host.tokens, host.logprobs))
   mask = np.arange(max_new_tokens) < host.lengths.reshape(-1, 1)
-  cuts = np.asarray(partition(tokens, logprobs, mask))
+  cuts = np.array(partition(tokens, logprobs, mask))
   before = _add_paths(builder, np.repeat(roots, samples), tokens, logprobs, mask, cuts, host.finished)
 
   # The state before the first token is the prompt's own: one trajectory probes it for all.
@@ -189,4 +189,5 @@ def _deal_cuts(cuts: np.ndarray, cuts_per_group: int):
   position = np.full((len(row), cuts_per_group), -1, np.int32)
   row[group] = trajectory
   position[group, place] = where
-  yield from zip(np.split(row, batches), np.split(position, batches), strict=True)
+  shape = (batches, len(cuts))
+  yield from zip(row.reshape(shape), position.reshape(*shape, cuts_per_group), strict=True)

@@ -64,14 +64,12 @@ def sample_token(
     tokens_B = jnp.argmax(logprobs_BxV, axis=-1).astype(jnp.int32)
   else:
     mass_BxV = jnp.exp(logprobs_BxV)
-    last_B = jnp.full(mass_BxV.shape[:1], mass_BxV.shape[1] - 1)
     if sampling.top_k or sampling.top_p < 1:
       kept_BxV = kept_tokens(logprobs_BxV, top_k=sampling.top_k, top_p=sampling.top_p)
       mass_BxV = jnp.where(kept_BxV, mass_BxV, 0.0)
-      last_B = last_B - jnp.argmax(kept_BxV[:, ::-1], axis=-1)
-    cdf_BxV = jnp.cumsum(mass_BxV, axis=-1)
+    # The sum is rounded in blocks, so it is not quite flat over tokens without mass: leave them out.
+    cdf_BxV = jnp.where(mass_BxV > 0, jnp.cumsum(mass_BxV, axis=-1), 0.0)
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    below_BxV = cdf_BxV <= uniform_B[:, None] * cdf_BxV[:, -1:]
-    # Rounding can lift the threshold to the total mass; the last token that can be drawn bounds it.
-    tokens_B = jnp.minimum(below_BxV.sum(-1), last_B).astype(jnp.int32)
+    above_BxV = cdf_BxV > uniform_B[:, None] * cdf_BxV.max(-1, keepdims=True)
+    tokens_B = jnp.argmax(above_BxV, axis=-1).astype(jnp.int32)
   return tokens_B, jnp.take_along_axis(logprobs_BxV, tokens_B[:, None], axis=-1)[:, 0]

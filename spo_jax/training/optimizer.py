@@ -21,14 +21,13 @@ class OptimizerConfig:
 
 def make_schedule(cfg: OptimizerConfig) -> optax.Schedule:
   """Learning rate against the number of updates done."""
+  first = cfg.learning_rate / (cfg.warmup_steps + 1)  # not 0: the first update counts too
   if cfg.decay_steps:
     return optax.warmup_cosine_decay_schedule(
-      0.0, cfg.learning_rate, cfg.warmup_steps, cfg.decay_steps
+      first, cfg.learning_rate, cfg.warmup_steps, cfg.decay_steps
     )
   if cfg.warmup_steps:
-    return optax.linear_schedule(
-      cfg.learning_rate / (cfg.warmup_steps + 1), cfg.learning_rate, cfg.warmup_steps
-    )
+    return optax.linear_schedule(first, cfg.learning_rate, cfg.warmup_steps)
   return optax.constant_schedule(cfg.learning_rate)
 
 

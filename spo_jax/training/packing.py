@@ -39,7 +39,7 @@ class PackConfig:
   rows: int  # B
   block: int  # T / N, tokens of an attention block
   key_blocks: int = 0  # W; 0 takes what the batch needs
-  min_micro_batches: int = 1  # M is at least this, so that its shape need not change
+  min_micro_batches: int = 1  # M, so that its shape need not change; doubled until the batch fits
 
   def __post_init__(self):
     if self.row_length % self.block:
@@ -80,7 +80,10 @@ def pack(
   pieces = _cut_into_pieces(forest, trained, cfg.row_length)
   rows = _fill_rows([piece.size for piece in pieces], cfg.row_length)
   micro_batches = -(-len(rows) // cfg.rows)
-  shape = (max(micro_batches, cfg.min_micro_batches) * cfg.rows, cfg.row_length)
+  room = cfg.min_micro_batches
+  while room < micro_batches:  # of few shapes, since each is a compilation
+    room *= 2
+  shape = (room * cfg.rows, cfg.row_length)
   flat = np.arange(shape[0] * shape[1])
   batch = {
     "tokens": np.zeros(flat.shape, np.int32),
@@ -170,7 +173,7 @@ def with_room(cfg: PackConfig, tree_tokens: int, trees: int) -> PackConfig:
 
   With n of the largest trees to a row, rows hold at least n trees each but for the last; best fit also leaves at most one
   row less than half full. A tree longer than a row is cut into pieces, whose ancestors are written anew: room for twice
-  its tokens is left.
+  its tokens is left, which is no bound (ancestors may fill most of a row).
   """
   in_row = cfg.row_length // tree_tokens
   half_full = -(-2 * trees * tree_tokens // cfg.row_length) + 1

@@ -161,7 +161,7 @@ def train_step(
     loss = Σ_tokens PPO-clip / tokens + kl_coef Σ_tokens KL / segments
 
   The KL is summed over a segment's tokens and averaged over segments, as in the reference. A batch whose mean ratio
-  exceeds `ratio_threshold`, or without a token in its loss mask, changes nothing.
+  exceeds `ratio_threshold`, whose gradient is not finite, or without a token in its loss mask, changes nothing.
 
   Args:
     cfg: decoder geometry.
@@ -211,7 +211,8 @@ def train_step(
   grads, aux = _accumulate(loss_fn, state.params, batch, start, count)
   sums = aux["sums"]
   ratio = sums.ratio * per_token
-  skipped = (ratio > loss_cfg.ratio_threshold) | (tokens == 0)
+  grad_norm = optax.tree.norm(grads)
+  skipped = ~((ratio <= loss_cfg.ratio_threshold) & jnp.isfinite(grad_norm) & (tokens > 0))
   updated = _apply(optimizer_cfg, state, grads)
   state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), updated, state)
   metrics = {
@@ -220,7 +221,7 @@ def train_step(
     "policy_kl": sums.policy_kl * per_token,
     "clip_fraction": sums.clipped * per_token,
     "ratio": ratio,
-    "grad_norm": optax.global_norm(grads),
+    "grad_norm": grad_norm,
     "tokens": tokens,
     "skipped": skipped.astype(jnp.float32),
   }

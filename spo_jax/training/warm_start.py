@@ -59,15 +59,15 @@ def warm_start(run: Run) -> Any:
   if (latest := checkpoints.latest()) is not None:
     state, record = checkpoints.restore(latest, state)
     iterator.set_state(record["iterator"])
-  update = config.update
+  rows = config.packing
   paths = packing.PackConfig(
-    row_length=update.row_length,
-    rows=update.rows,
-    block=update.block,
+    row_length=rows.row_length,
+    rows=rows.rows,
+    block=rows.block,
     key_blocks=packing.key_blocks_bound(
-      [config.rollout.max_prompt_tokens, update.row_length - config.rollout.max_prompt_tokens],
-      update.block,
-      update.row_length,
+      [config.rollout.max_prompt_tokens, rows.row_length - config.rollout.max_prompt_tokens],
+      rows.block,
+      rows.row_length,
     ),
   )
   longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
@@ -79,7 +79,7 @@ def warm_start(run: Run) -> Any:
         batch, count = pack_solutions(run, next(iterator), paths)
         state, loss = supervised_step(
           run.model,
-          update.logprob_chunk,
+          rows.logprob_chunk,
           config.warm_start_optimizer,
           state,
           shard_batch(run.mesh, batch),

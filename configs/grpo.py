@@ -1,0 +1,44 @@
+"""GRPO (arXiv 2402.03300) on the embedded task, the baseline: one advantage a response, from the
+group of its prompt.
+
+A group is a tree of one level, so this is the same code as SPO-tree with other settings: advantages
+are divided by the group's deviation, and every response token is trained.
+
+  python -m spo_jax.main --config=configs/grpo.py --workdir=runs/grpo
+
+`spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
+"""
+
+from spo_jax.config import default_config, parse_variant
+
+# Variant of the data, and the longest response.
+VARIANTS = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
+
+
+def get_config(variant: str | None = None):
+  """The config of a variant: `arithmetic` (default) or `filler`."""
+  config = default_config()
+  data_variant, max_response_tokens = VARIANTS[parse_variant(variant, VARIANTS, "arithmetic")]
+  config.seed = 0
+  config.iterations = 200
+
+  config.data.name = "arithmetic"
+  config.data.variant = data_variant
+  config.warm_start.target_accuracy = 0.22  # early on purpose: it leaves RL most of the way
+
+  config.rollout.strategy = "group"
+  config.rollout.prompts = 96
+  config.rollout.samples = 8
+  config.rollout.max_response_tokens = max_response_tokens
+  config.rollout.temperature = 1.0
+
+  config.advantage.kind = "normalized"
+  config.loss.use_probability_mask = False
+  config.loss.scaling = "none"
+  config.loss.epsilon_low = config.loss.epsilon_high = 0.2
+  config.loss.kl_coef = 1e-4
+
+  config.packing.row_length = 416  # a prompt of 40 tokens and 8 responses fit a row
+  config.optimizer.learning_rate = 4e-4
+  config.optimizer.clip_norm = 1.0
+  return config

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Makes the environment, lints, and runs the tests. Arguments go to pytest.
+export EXTRAS=test
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ruff check .
+ruff format --check .
+exec python -m pytest --numprocesses=2 "$@"

@@ -1,0 +1,182 @@
+"""A checkpoint comes back bit for bit or not at all."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from spo_jax.errors import UserError
+from spo_jax.infra.checkpoints import Checkpoints, Counters
+from spo_jax.infra.mesh import make_mesh
+
+RECORD = {"counters": {"iteration": 3, "elapsed_s": 0.1}, "text": "ρ", "nothing": None, "big": 2**60}
+
+
+def arrays(scale=1.0):
+  rng = np.random.default_rng(0)
+  weights = rng.standard_normal((64, 16)).astype(np.float32)
+  weights[0, :3] = np.nan, -0.0, np.inf
+  return {
+    "params": {"w": jnp.asarray(weights) * scale, "b": jnp.arange(7, dtype=jnp.bfloat16)},
+    "step": jnp.int32(5),
+    "moments": (jnp.asarray(weights[:, :4]), jnp.zeros((0, 3))),
+  }
+
+
+def bits(tree):
+  return [
+    (x.dtype, x.shape, np.ascontiguousarray(x).tobytes()) for x in jax.tree.leaves(jax.device_get(tree))
+  ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A folder with checkpoints 1 and 2, of other arrays."""
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+  checkpoints.save(1, arrays(-1.0), {"step": 1})
+  checkpoints.save(2, arrays(), RECORD)
+  checkpoints.close()
+  return tmp_path / "checkpoints"
+
+
+def test_what_is_saved_comes_back_bit_for_bit(folder):
+  checkpoints = Checkpoints(folder, keep=2)
+  assert checkpoints.latest() == 2
+  like = jax.tree.map(jnp.zeros_like, arrays())
+  restored, record = checkpoints.restore(2, like)
+  assert jax.tree.structure(restored) == jax.tree.structure(like)
+  assert bits(restored) == bits(arrays())
+  assert record == RECORD and json.dumps(record) == json.dumps(RECORD)
+  assert bits(checkpoints.restore(1, like)[0]) == bits(arrays(-1.0))
+  checkpoints.close()
+
+
+def test_arrays_come_back_split_as_asked(tmp_path):
+  before, after = make_mesh(2, 2, 2), make_mesh(1, 8, 1)
+  place = lambda mesh, *spec: NamedSharding(mesh, PartitionSpec(*spec))
+  tree = jax.device_put(arrays()["params"], place(before, ("data", "tensor")[:0]))
+  tree["w"] = jax.device_put(tree["w"], place(before, "fsdp", "tensor"))
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(1, tree, {})
+  checkpoints.wait()
+  shardings = {"w": place(after, "fsdp", None), "b": place(after)}
+  like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+  for like_of, want in ((tree, {k: v.sharding for k, v in tree.items()}), (like, shardings)):
+    restored, _ = checkpoints.restore(1, like_of)
+    assert bits(restored) == bits(tree)
+    for name, sharding in want.items():
+      assert restored[name].sharding.is_equivalent_to(sharding, restored[name].ndim)
+  checkpoints.close()
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  tree = {"w": jnp.arange(1 << 16, dtype=jnp.float32)}
+  want = bits(tree)
+  checkpoints.save(1, tree, {})
+  overwritten = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)(tree)
+  checkpoints.wait()
+  assert bits(checkpoints.restore(1, overwritten)[0]) == want
+  checkpoints.close()
+
+
+def test_the_newest_are_kept(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  assert checkpoints.latest() is None
+  for step in (1, 5, 7, 12):
+    checkpoints.save(step, {"w": jnp.full(3, step)}, {"step": step})
+  checkpoints.wait()
+  assert checkpoints.latest() == 12
+  checkpoints.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["12", "7"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(folder):
+  torn = folder / "3.orbax-checkpoint-tmp-0"
+  shutil.copytree(folder / "2", torn)
+  shutil.rmtree(torn / "record")
+  checkpoints = Checkpoints(folder, keep=2)
+  assert checkpoints.latest() == 2
+  assert not torn.exists()
+  checkpoints.save(3, arrays(), {"step": 3})
+  checkpoints.wait()
+  assert checkpoints.latest() == 3
+  checkpoints.close()
+
+
+def restore(folder, like):
+  checkpoints = Checkpoints(folder, keep=2)
+  try:
+    return checkpoints.restore(2, like)
+  finally:
+    checkpoints.close()
+
+
+def assert_one_line(error, folder):
+  assert "\n" not in str(error)
+  assert str(folder / "2") in str(error)
+
+
+def halve(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+  "halved": halve,
+  "emptied": lambda path: path.write_bytes(b""),
+  "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+  "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_told_or_does_not_matter(folder, tmp_path, damage):
+  """Every file of a checkpoint in turn: an error that names the folder, or the exact data."""
+  like, want = jax.tree.map(jnp.zeros_like, arrays()), bits(arrays())
+  files = [p.relative_to(folder) for p in (folder / "2").rglob("*") if p.is_file()]
+  told = set()
+  for number, name in enumerate(files):
+    copy = tmp_path / str(number)
+    shutil.copytree(folder, copy)
+    DAMAGES[damage](copy / name)
+    try:
+      restored, record = restore(copy, like)
+    except UserError as error:
+      assert_one_line(error, copy)
+      told.add(name.parts[1] if len(name.parts) < 4 else "data")
+    else:
+      assert bits(restored) == want and record == RECORD, name
+  assert told == {"arrays", "record", "data"}
+
+
+def test_a_folder_of_nothing_and_a_missing_part_are_told(folder):
+  for part in ("record", "arrays"):
+    shutil.rmtree(folder / "2" / part)
+    with pytest.raises(UserError, match="cannot be read") as error:
+      restore(folder, arrays())
+    assert_one_line(error.value, folder)
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    lambda t: t | {"params": {"w": jnp.zeros((64, 18)), "b": t["params"]["b"]}},
+    lambda t: t | {"params": {"w": jnp.zeros((64, 8)), "b": t["params"]["b"]}},
+    lambda t: t | {"params": {"w": t["params"]["w"]}},
+    lambda t: t | {"params": {"w": t["params"]["w"], "c": t["params"]["b"]}},
+    lambda t: t | {"more": jnp.zeros(3)},
+  ],
+)
+def test_a_checkpoint_of_another_model_is_told(folder, other):
+  with pytest.raises(UserError, match="of another model") as error:
+    restore(folder, other(arrays()))
+  assert_one_line(error.value, folder)
+
+
+def test_counters_survive_json():
+  counters = Counters(iteration=3, tokens_sampled=2**40, tokens_trained=7, elapsed_s=0.1)
+  assert Counters(**json.loads(json.dumps(vars(counters)))) == counters

@@ -1,0 +1,128 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.models.attention import DecodeContext, attend_decode, interval_attention
+from spo_jax.training.packing import visible_blocks
+
+T, H, K, DH = 24, 4, 2, 8
+
+
+def random_row(rng, length):
+  """A row of random trees, depth first, and padding: (prev, until), both [length]."""
+  prev, until = [], {}
+
+  def grow(above):
+    start = len(prev)
+    for _ in range(rng.integers(1, 5)):
+      if len(prev) < length - 2:
+        prev.append(above)
+        above = len(prev) - 1
+    end = len(prev)
+    for _ in range(rng.integers(0, 4) if end > start else 0):
+      grow(above)
+    until.update(dict.fromkeys(range(start, end), len(prev)))
+
+  while len(prev) < length - 2:
+    grow(-1)
+  until.update({i: i + 1 for i in range(len(prev), length)})
+  prev += [-1] * (length - len(prev))
+  return prev, [until[i] for i in range(length)]
+
+
+def ancestors(prev):
+  """[T, T] bool: key j is query i, or what it continues, however far back."""
+  visible = np.eye(len(prev), dtype=bool)
+  for i, above in enumerate(prev):
+    if above >= 0:
+      visible[i] |= visible[above]
+  return visible
+
+
+def dense_attention(q, k, v, visible):
+  """Softmax attention [T, H, Dh] under a mask [T, S]; query head h reads key-value head h * K / H."""
+  repeat = q.shape[1] // k.shape[1]
+  k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
+  scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+  weights = jax.nn.softmax(jnp.where(visible[None], scores, -jnp.inf), axis=-1)
+  return jnp.einsum("hts,shd->thd", weights, v)
+
+
+@pytest.fixture(scope="module")
+def forests():
+  """(prev, until), [3, T] each."""
+  rng = np.random.default_rng(0)
+  prev, until = zip(*[random_row(rng, T) for _ in range(3)], strict=True)
+  return np.array(prev), np.array(until, np.int32)
+
+
+@pytest.fixture(scope="module")
+def qkv():
+  rng = np.random.default_rng(1)
+  return tuple(rng.normal(size=(3, T, heads, DH)).astype(np.float32) for heads in (H, K, K))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grads(attention, qkv, *args):
+  """The output, and gradients of a function of all of it."""
+  loss = lambda qkv: jnp.sum(jnp.sin(3 * attention(*qkv, *args)))
+  return attention(*qkv, *args), jax.grad(loss)(qkv)
+
+
+def test_forests_branch_and_have_padding(forests):
+  prev, until = forests
+  children = [np.bincount(row[row >= 0]).max() for row in prev]
+  assert max(children) > 1 and (prev[:, 1:] == -1).any()
+  assert (until[:, -1] == T).all() and (until > np.arange(T)).all()
+
+
+@pytest.mark.parametrize("block, width", [(24, 0), (8, 0), (3, 8)])
+def test_interval_attention_is_attention_to_ancestors(forests, qkv, block, width):
+  prev, until = forests
+  visible = np.stack([ancestors(row) for row in prev])
+  got = value_and_grads(interval_attention, qkv, until, visible_blocks(until, block, width))
+  want = value_and_grads(jax.vmap(dense_attention), qkv, visible)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), got, want)
+
+
+def test_fully_masked_queries_are_finite(qkv):
+  """A row of nothing but padding, whose keys are visible to nobody."""
+  until = np.zeros((3, T), np.int32)
+  until[1:] = T
+  blocks = np.full((3, 3, 3), -1, np.int32)
+  blocks[1:] = visible_blocks(until[1:], 8, 3)
+  result = value_and_grads(interval_attention, qkv, until, blocks)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+
+
+def test_attend_decode_is_dense_attention_over_prefix_and_suffix():
+  """For every rotation of the ring; a group that does not write keeps its suffix."""
+  rng = np.random.default_rng(2)
+  R, n, P, S = 4, 3, 5, 4
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  q, k, v = draw(R * n, 1, H, DH), draw(R * n, 1, K, DH), draw(R * n, 1, K, DH)
+  cache = draw(R, K, P, DH), draw(R, K, P, DH), draw(R, n, K, S, DH), draw(R, n, K, S, DH)
+  prefix_k, prefix_v = (np.swapaxes(x, 1, 2) for x in cache[:2])
+  visible = rng.integers(0, P + 1, (R, n)).astype(np.int32)
+  visible[0, 0] = 0
+  writes = np.array([True, True, True, False])
+  step, dense = jax.jit(attend_decode), jax.jit(jax.vmap(dense_attention))
+  for slot in range(S):
+    rings = [[(slot - age) % S for age in range(tokens)] for tokens in range(1, R + 1)]
+    suffix_mask = np.array([np.isin(np.arange(S), ring) for ring in rings])
+    context = DecodeContext(visible, suffix_mask, jnp.int32(slot), writes)
+    mixed, suffix = step(q, k, v, context, cache)
+    joined = []
+    for new, old, prefix, token in zip(suffix, cache[2:], cache[:2], (k, v), strict=True):
+      want = old.copy()
+      want[:3, :, :, slot] = token.reshape(R, n, K, DH)[:3]
+      np.testing.assert_array_equal(new, want)
+      prefix = np.broadcast_to(prefix[:, None], (R, n, K, P, DH))
+      both = np.concatenate([prefix, want], axis=3).reshape(R * n, K, P + S, DH)
+      joined.append(both.swapaxes(1, 2))
+    sees_prefix = np.arange(P) < visible.reshape(-1, 1)
+    mask = np.concatenate([sees_prefix, np.repeat(suffix_mask, n, axis=0)], axis=1)[:, None]
+    np.testing.assert_allclose(mixed, dense(q, *joined, mask), rtol=1e-5, atol=2e-6)

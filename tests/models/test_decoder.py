@@ -1,0 +1,120 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from spo_jax.infra.mesh import PARAM_RULES
+from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
+from spo_jax.models.decoder import count_params, forward, init_params, rotate, unembedding
+from spo_jax.training.packing import visible_blocks
+from tests.models.test_attention import ancestors, random_row
+from tests.tiny import VOCAB, tiny_config, tiny_params
+
+T = 16
+
+
+def run(cfg, params, tokens, positions=None):
+  positions = np.arange(T)[None] if positions is None else positions
+  forward_ = jax.jit(forward, static_argnums=(0, 1))
+  return forward_(cfg, attend_prefill, params, tokens, np.broadcast_to(positions, tokens.shape))[0]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+  return np.random.default_rng(0).permutation(VOCAB)[None, :T].astype(np.int32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_depends_on_what_it_continues_alone(tokens, packed):
+  """The gradient of state i by the embedding of token j is zero unless i continues j."""
+  cfg = tiny_config()
+  params = tiny_params(cfg)
+  prev, until = random_row(np.random.default_rng(5), T) if packed else (range(-1, T - 1), [T] * T)
+  until = np.array([until], np.int32)
+  attend = attend_packed if packed else attend_prefill
+  context = PackedContext(until, visible_blocks(until, 4, 0)) if packed else None
+  direction = jax.random.normal(jax.random.key(1), (cfg.width,))
+  positions = np.arange(T)[None]
+
+  @jax.jit
+  @jax.jacrev
+  def by_embedding(embedding):
+    changed = params | {"embedding": embedding}
+    return forward(cfg, attend, changed, tokens, positions, context)[0][0] @ direction
+
+  jacobian = np.asarray(by_embedding(params["embedding"]))[:, tokens[0]]
+  np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 1e-8, ancestors(list(prev)))
+
+
+def test_remat_changes_no_gradient(tokens):
+  cfg = tiny_config(layers=1)
+  params = tiny_params(cfg)
+
+  def gradient(cfg):
+    loss = lambda params: jnp.sum(jnp.sin(run(cfg, params, tokens)))
+    traced = jax.jit(jax.grad(loss)).trace(params)
+    return traced.lower().compile()(params), "remat" in str(traced.jaxpr)
+
+  plain, recomputes = gradient(cfg)
+  assert not recomputes
+  remat, recomputes = gradient(dataclasses.replace(cfg, remat=True))
+  assert recomputes
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), plain, remat)
+
+
+def test_tied_unembedding_is_the_transposed_embedding():
+  tied, untied = tiny_config(tie_embeddings=True), tiny_config()
+  tied_params, untied_params = tiny_params(tied), tiny_params(untied)
+  np.testing.assert_array_equal(unembedding(tied, tied_params), tied_params["embedding"].T)
+  np.testing.assert_array_equal(unembedding(untied, untied_params), untied_params["unembedding"])
+  assert set(untied_params) - set(tied_params) == {"unembedding"}
+
+
+def test_bfloat16_is_of_activations_only(tokens):
+  cfg = tiny_config(dtype="bfloat16")
+  params = tiny_params(cfg)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  hidden = run(cfg, params, tokens)
+  assert hidden.dtype == jnp.bfloat16
+  exact = run(tiny_config(), params, tokens)
+  error = np.abs(hidden.astype(np.float32) - exact)
+  assert error.max() < 0.1 and error.mean() < 0.02
+  # It is the dtype that is tested, not a lucky equality.
+  assert error.max() > 1e-4
+
+
+def test_rotary_positions_are_relative(tokens):
+  q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+  at = lambda x, position: rotate(x, np.full((1, 1), position), 100.0)
+  product = lambda i, j: np.sum(at(q, i) * at(k, j))
+  np.testing.assert_allclose(product(9, 4), product(25, 20), rtol=1e-4)
+  np.testing.assert_allclose(product(5, 0), np.sum(at(q, 5) * k), rtol=1e-5)
+  assert abs(product(9, 4) - product(9, 5)) > 1e-2
+  np.testing.assert_allclose(np.linalg.norm(at(q, 7)), np.linalg.norm(q), rtol=1e-5)
+
+  cfg = tiny_config()
+  params = tiny_params(cfg)
+  hidden = run(cfg, params, tokens)
+  shifted = run(cfg, params, tokens, np.arange(T)[None] + 11)
+  stretched = run(cfg, params, tokens, 2 * np.arange(T)[None])
+  np.testing.assert_allclose(hidden, shifted, atol=2e-5)
+  assert np.abs(hidden - stretched).max() > 1e-2
+
+
+def test_parameters_are_counted_and_every_matrix_has_logical_axes():
+  cfg = tiny_config()
+  boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  D, F, V, heads = cfg.width, cfg.ffn, cfg.vocab_size, cfg.heads + cfg.kv_heads
+  block = 2 * D * heads * cfg.head_dim + 3 * D * F + 2 * D
+  assert count_params(boxed) == cfg.layers * block + 2 * V * D + D
+  boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  assert len(boxes) == 9 * cfg.layers + 3
+  for box in boxes:
+    assert len(box.names) == box.value.ndim
+    named = [name for name in box.names if name]
+    assert set(named) <= set(PARAM_RULES) and len(named) == min(box.value.ndim, 2)
+    mesh_axes = [PARAM_RULES[name] for name in named]
+    assert len(set(mesh_axes)) == len(mesh_axes)

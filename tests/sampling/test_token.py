@@ -1,0 +1,106 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.sampling.token import SamplingConfig, kept_tokens, sample_token
+from tests.sampling.reference import assert_drawn_from, truncated
+
+DRAWS = 20_000
+LOGITS = np.array([0.3, -1.0, 2.0, 0.3, 1.2, -3.0, 1.9, 0.0], np.float32)
+
+sample = functools.partial(jax.jit, static_argnums=2)(sample_token)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def draw(logits, sampling, seed=0):
+  keys = jax.random.split(jax.random.key(seed), DRAWS)
+  return sample_token(keys, jnp.broadcast_to(logits, (DRAWS, len(logits))), sampling)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_p": 0.9},
+    {"temperature": 1.7, "top_k": 3},
+    {"temperature": 1.3, "top_k": 5, "top_p": 0.7},
+  ],
+  ids=str,
+)
+def test_draws_follow_the_truncated_distribution(options):
+  """And the log-prob is that of the distribution before truncation."""
+  tokens, logprobs = draw(LOGITS, SamplingConfig(**options))
+  assert_drawn_from(np.bincount(tokens, minlength=len(LOGITS)), truncated(LOGITS, **options))
+  whole = truncated(LOGITS, temperature=options["temperature"])
+  np.testing.assert_allclose(logprobs, np.log(whole)[tokens], rtol=1e-5)
+
+
+def test_truncation_keeps_what_the_oracle_keeps():
+  """Over random distributions, with ties."""
+  rng = np.random.default_rng(0)
+  logits = np.round(rng.normal(size=(40, 8)) * 2).astype(np.float32)
+  logprobs = jax.nn.log_softmax(logits)
+  for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8), (1, 1.0), (0, 1e-6)]:
+    kept = kept_tokens(logprobs, top_k=top_k, top_p=top_p)
+    want = [truncated(row, top_k=top_k, top_p=top_p) > 0 for row in logits]
+    np.testing.assert_array_equal(kept, want)
+
+
+def test_temperature_zero_is_greedy():
+  logits = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), 6)
+  tokens, logprobs = sample(keys, logits, SamplingConfig(temperature=0.0, top_p=0.5))
+  np.testing.assert_array_equal(tokens, logits.argmax(-1))
+  np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits).max(-1), rtol=1e-5)
+
+
+def test_a_draw_depends_on_its_own_key_and_row():
+  logits = np.random.default_rng(2).normal(size=(64, 8)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), 64)
+  sampling = SamplingConfig(top_p=0.95)
+  tokens, logprobs = sample(keys, logits, sampling)
+  order = np.random.default_rng(3).permutation(64)
+  permuted = sample(keys[order], logits[order], sampling)
+  np.testing.assert_array_equal(permuted[0], tokens[order])
+  np.testing.assert_array_equal(permuted[1], logprobs[order])
+  # One row among others than before, and another key.
+  others = logits[::-1].copy()
+  others[5] = logits[5]
+  keys = jax.random.split(jax.random.key(9), 64).at[5].set(keys[5])
+  changed, _ = sample(keys, others, sampling)
+  assert changed[5] == tokens[5]
+  assert (changed != tokens[::-1]).any()
+
+
+@pytest.mark.parametrize("low", [-1e30, -np.inf, -104.0])
+def test_a_token_without_mass_is_never_drawn(low):
+  for likely in (0, 3, 7):
+    logits = np.full(8, low, np.float32)
+    logits[likely] = 0.0
+    tokens, logprobs = draw(logits, SamplingConfig())
+    assert (tokens == likely).all() and np.abs(logprobs).max() < 1e-6
+
+
+def test_rounding_of_the_cumulative_sum_draws_no_token_without_mass(monkeypatch):
+  """Over a large vocabulary the sum is not flat, nor monotone, between tokens with mass.
+
+  The uniform numbers are set to those next to every value of the sum.
+  """
+  V, rng = 4096, np.random.default_rng(1)
+  logits = np.full((1, V), -20.0, np.float32)
+  logits[0, rng.choice(V, 40, replace=False)] = rng.normal(size=40)
+  mass = np.where(logits > -10, np.exp(jax.nn.log_softmax(logits)), 0.0)
+  cdf = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass))[0]
+  values = np.unique(cdf / cdf[-1])
+  grid = np.round(values * 2**23)[:, None] + np.arange(-4, 5)
+  uniform = np.unique(np.clip(grid, 0, 2**23 - 1)) / 2**23
+  assert (np.diff(cdf)[mass[0, 1:] == 0] != 0).any(), "this case rounds nowhere"
+  monkeypatch.setattr(jax.random, "uniform", lambda index: jnp.asarray(uniform, jnp.float32)[index])
+  rows = np.broadcast_to(logits, (len(uniform), V))
+  # Not jitted: a compiled program would keep the patched function.
+  tokens, _ = sample_token(jnp.arange(len(uniform)), rows, SamplingConfig(top_k=40))
+  assert (mass[0, tokens] > 0).all()
+  assert len(np.unique(tokens)) == 40

@@ -1,0 +1,250 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from spo_jax.sampling.sampler import compiled_programs
+from spo_jax.sampling.verbs import NO_GROUP, Groups
+from tests.sampling.reference import assert_drawn_from, causal_logprobs
+from tests.tiny import EOS, VOCAB, tiny_config, tiny_params, tiny_prompts, tiny_sampler
+
+R, P, Q, N, S = 8, 6, 8, 3, 8  # Q is 7 groups and one of padding
+CAPACITY = P + 2 * S
+TEMPERATURE = 0.8
+CFG = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def params():
+  return tiny_params(CFG)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  return tiny_prompts(R, longest=P)
+
+
+def sampler(**options):
+  return tiny_sampler(CFG, temperature=TEMPERATURE, top_p=0.98, **options)
+
+
+@pytest.fixture(scope="module")
+def prefix(params, prompts):
+  return sampler().prefill(params, prompts.tokens, prompts.lengths)
+
+
+def make_groups(lengths, seed=0, *, groups=Q, n=N):
+  """Groups of random rows; continuations that start anywhere in the prefix, with any limits."""
+  rng = np.random.default_rng(seed)
+  row = rng.integers(0, len(lengths), groups).astype(np.int32)
+  starts = rng.integers(1, lengths[row][:, None] + 1, (groups, n)).astype(np.int32)
+  starts[0] = lengths[row[0]]
+  limits = rng.integers(1, S + 1, (groups, n)).astype(np.int32)
+  limits[1, 0] = 0
+  limits[2] = 0
+  limits[3] = S
+  row[-1], limits[-1] = NO_GROUP, 0
+  keys = jax.random.split(jax.random.key(seed), (groups, n))
+  return Groups(row, starts, limits, keys)
+
+
+def decode(params, prefix, groups, **options):
+  return sampler(**options).decode(params, prefix, groups, max_new_tokens=S, keep_cache=True)
+
+
+@pytest.fixture(scope="module")
+def groups(prompts):
+  return make_groups(prompts.lengths)
+
+
+@pytest.fixture(scope="module")
+def segments(params, prefix, groups):
+  """All groups at once."""
+  return decode(params, prefix, groups)
+
+
+def everything(groups):
+  """[Q * n] indices for `extend`: every continuation of a wanted group."""
+  index = np.arange(groups.row.size * groups.starts.shape[1], dtype=np.int32)
+  return np.where(np.repeat(groups.row >= 0, groups.starts.shape[1]), index, NO_GROUP)
+
+
+def drawn(segments):
+  """[Q, n, S] bool."""
+  return np.arange(segments.tokens.shape[-1]) < segments.lengths[..., None]
+
+
+def sequences(prefix, groups, segments):
+  """(tokens [Q * n, CAPACITY], lengths): what each continuation saw of its prefix, and what it drew."""
+  tokens = np.zeros((groups.starts.size, CAPACITY), np.int32)
+  lengths = (groups.starts + segments.lengths).reshape(-1)
+  for i, (start, drew) in enumerate(zip(groups.starts.flat, np.array(lengths), strict=True)):
+    q, child = divmod(i, groups.starts.shape[1])
+    tokens[i, :start] = prefix.tokens[groups.row[q], :start]
+    tokens[i, start:drew] = segments.tokens[q, child, : drew - start]
+  return tokens, np.array(lengths)
+
+
+def logprob_gap(params, prefix, groups, segments):
+  """Largest difference to the log-probs of a plain causal pass."""
+  prefix, segments = jax.device_get((prefix, segments))
+  tokens, _ = sequences(prefix, groups, segments)
+  every = np.asarray(causal_logprobs(CFG, params, tokens, TEMPERATURE))
+  gap = 0.0
+  for q, child in np.argwhere(groups.row[:, None] + 0 * groups.starts >= 0):
+    i, count = q * groups.starts.shape[1] + child, segments.lengths[q, child]
+    at = groups.starts[q, child] - 1 + np.arange(count)
+    want = every[i, at, segments.tokens[q, child, :count]]
+    gap = max(gap, np.abs(want - segments.logprobs[q, child, :count]).max(initial=0))
+  return gap
+
+
+def assert_same_segments(got, want, rows=slice(None), rows_of_want=slice(None)):
+  got, want = (
+    jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], s._replace(cache=()))
+    for s, rows in ((got, rows), (want, rows_of_want))
+  )
+  np.testing.assert_array_equal(got.lengths, want.lengths)
+  np.testing.assert_array_equal(got.finished, want.finished)
+  mask = drawn(want)
+  np.testing.assert_array_equal(got.tokens[mask], want.tokens[mask])
+  np.testing.assert_allclose(got.logprobs[mask], want.logprobs[mask], atol=1e-5)
+
+
+def assert_same_prefixes(got, want):
+  """Equal tokens, lengths, and caches but for each last token, whose entry may be absent."""
+  np.testing.assert_array_equal(got.lengths, want.lengths)
+  slots, lengths = np.arange(got.tokens.shape[1]), np.asarray(want.lengths)[:, None]
+  np.testing.assert_array_equal(
+    np.where(slots < lengths, got.tokens, 0), np.where(slots < lengths, want.tokens, 0)
+  )
+  for new, old in zip(jax.tree.leaves(got.cache), jax.tree.leaves(want.cache), strict=True):
+    cached = (slots < lengths - 1)[:, None, :, None]
+    np.testing.assert_allclose(np.where(cached, new, 0), np.where(cached, old, 0), atol=1e-5)
+
+
+def assert_extends_to_prefill(params, prefix, groups, segments):
+  """`extend` gives what `prefill` of the same tokens gives."""
+  index = everything(groups)
+  extended = sampler().extend(prefix, groups, segments, index)
+  tokens, lengths = sequences(*jax.device_get((prefix, groups._replace(keys=0), segments)))
+  lengths = np.where(index >= 0, lengths, 0).astype(np.int32)
+  width = extended.tokens.shape[1]
+  assert_same_prefixes(extended, sampler().prefill(params, tokens[:, :width], lengths))
+  return extended
+
+
+def test_logprobs_are_those_of_a_causal_pass(params, prefix, groups, segments):
+  """After `prefill`, and after `extend`, from the end of the prefix or from inside it."""
+  assert logprob_gap(params, prefix, groups, segments) < 1e-5
+  extended = sampler().extend(prefix, groups, segments, everything(groups))
+  lengths = np.maximum(extended.lengths, 1)
+  deeper = make_groups(lengths, seed=1)
+  assert (deeper.starts < lengths[deeper.row][:, None]).any()
+  assert logprob_gap(params, extended, deeper, decode(params, extended, deeper)) < 1e-5
+
+
+def test_ends_and_limits(groups, segments):
+  wanted = groups.row >= 0
+  lengths, finished = (np.asarray(x)[wanted] for x in (segments.lengths, segments.finished))
+  tokens, limits = np.asarray(segments.tokens)[wanted], groups.limits[wanted]
+  assert (lengths <= limits).all() and (lengths[limits == 0] == 0).all()
+  assert (lengths[limits > 0] > 0).all() and (lengths[~finished] == limits[~finished]).all()
+  is_eos = (tokens == EOS) & (np.arange(S) < lengths[..., None])
+  np.testing.assert_array_equal(is_eos.sum(-1), finished)
+  np.testing.assert_array_equal(is_eos.argmax(-1)[finished], lengths[finished] - 1)
+  assert finished.any() and (lengths[finished] < limits[finished]).any()
+  assert not np.asarray(segments.lengths)[~wanted].any()
+
+
+@pytest.mark.parametrize("slots, refill_share", [(2, 0.25), (3, 1.0)])
+def test_refill_changes_nothing(params, prefix, groups, segments, slots, refill_share):
+  refilled = decode(params, prefix, groups, slots=slots, refill_share=refill_share)
+  assert_same_segments(refilled, segments)
+  index = everything(groups)
+  extend = lambda segments: sampler().extend(prefix, groups, segments, index)
+  assert_same_prefixes(extend(refilled), extend(segments))
+  assert (np.asarray(refilled.first)[:-1] > 0).any()
+
+
+@pytest.mark.parametrize("slots", [64, 2])
+def test_order_of_groups_changes_nothing(params, prefix, groups, segments, slots):
+  order = np.append(np.random.default_rng(4).permutation(Q - 1), Q - 1)
+  permuted = jax.tree.map(lambda x: x[order], groups)
+  result = decode(params, prefix, permuted, slots=slots, refill_share=0.25)
+  assert_same_segments(result, segments, rows_of_want=order)
+
+
+def test_number_of_groups_changes_nothing(params, prefix, groups, segments):
+  alone = jax.tree.map(lambda x: x[3:4], groups)
+  assert_same_segments(decode(params, prefix, alone), segments, rows_of_want=slice(3, 4))
+
+
+def test_extend_is_prefill_of_the_same_tokens(params, prefix, groups, segments):
+  extended = assert_extends_to_prefill(params, prefix, groups, segments)
+  assert (np.asarray(extended.lengths)[-N:] == 0).all()
+  # Survivors in any order, with padding.
+  index = np.full(Q * N, NO_GROUP, np.int32)
+  index[:4] = [9, 2, 11, 0]
+  chosen = sampler().extend(prefix, groups, segments, index)
+  for name in ("tokens", "lengths"):
+    got, want = (np.asarray(getattr(x, name)) for x in (chosen, extended))
+    np.testing.assert_array_equal(got[:4], want[[9, 2, 11, 0]])
+
+
+def test_an_idle_group_keeps_its_suffix_while_the_ring_turns(params, prefix, prompts):
+  """The first group ends at step 8 and waits for one that enters at step 7 and takes 8 steps."""
+  never_ends = dataclasses.replace(sampler(slots=2), eos_id=VOCAB)
+  groups = make_groups(prompts.lengths, seed=2)
+  limits = np.zeros((Q, N), np.int32)
+  limits[:3] = [[S] * N, [S - 1, 2, 0], [S] * N]
+  row = np.where(np.arange(Q) < 3, np.maximum(groups.row, 0), NO_GROUP).astype(np.int32)
+  groups = groups._replace(row=row, limits=limits)
+  segments = never_ends.decode(params, prefix, groups, max_new_tokens=S, keep_cache=True)
+  np.testing.assert_array_equal(segments.lengths, limits)
+  assert list(segments.first[:3]) == [0, 0, S - 1]
+  assert logprob_gap(params, prefix, groups, segments) < 1e-5
+  assert_extends_to_prefill(params, prefix, groups, segments)
+
+
+def test_other_values_compile_nothing_anew(params, prefix, prompts, groups, segments):
+  sampler().extend(prefix, groups, segments, everything(groups))
+  before = compiled_programs()
+  other = tiny_prompts(R, longest=P, seed=7)
+  prefix = sampler().prefill(tiny_params(CFG, seed=3), other.tokens, other.lengths)
+  groups = make_groups(other.lengths, seed=8)
+  segments = decode(params, prefix, groups)
+  sampler().extend(prefix, groups, segments, np.full(Q * N, NO_GROUP, np.int32))
+  assert compiled_programs() == before
+
+
+def test_two_tokens_follow_the_exact_distribution():
+  """Many keys from two states of one prompt, one of them inside it, against enumeration."""
+  V, groups, n = 8, 32, 64
+  cfg = tiny_config(vocab_size=V)
+  params = tiny_params(cfg, seed=2)
+  prompt = np.array([[3, 5, 2, 7]], np.int32)
+  small = tiny_sampler(cfg, slots=8, temperature=0.7)
+  prefix = small.prefill(params, prompt, np.array([4], np.int32))
+  starts = np.where(np.arange(groups)[:, None] < groups // 2, 4, 2) + np.zeros((1, n), int)
+  asked = Groups(
+    row=np.zeros(groups, np.int32),
+    starts=starts.astype(np.int32),
+    limits=np.full((groups, n), 2, np.int32),
+    keys=jax.random.split(jax.random.key(5), (groups, n)),
+  )
+  segments = small.decode(params, prefix, asked, max_new_tokens=2, keep_cache=False)
+  first, second = np.moveaxis(np.asarray(segments.tokens), -1, 0)
+  second = np.where(np.asarray(segments.lengths) == 1, 0, second)
+  for start in (4, 2):
+    following = np.concatenate([prompt[:, :start].repeat(V, 0), np.arange(V)[:, None]], axis=1)
+    following = np.pad(following, ((0, 0), (0, 5 - following.shape[1]))).astype(np.int32)
+    logprobs = np.asarray(causal_logprobs(cfg, params, following, 0.7))
+    exact = np.exp(logprobs[:, start - 1, :].diagonal()[:, None] + logprobs[:, start, :])
+    exact[EOS] = 0
+    exact[EOS, 0] = np.exp(logprobs[EOS, start - 1, EOS])
+    np.testing.assert_allclose(exact.sum(), 1, rtol=1e-5)
+    counts = np.zeros((V, V))
+    np.add.at(counts, (first[starts == start], second[starts == start]), 1)
+    assert_drawn_from(counts, exact)

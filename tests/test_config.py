@@ -1,0 +1,107 @@
+"""Typed configs: every mistake is one clear line before anything is built."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from configs import grpo, spo_chain, spo_tree
+from spo_jax.config import (
+  Config,
+  check_field,
+  check_mesh,
+  default_config,
+  from_config_dict,
+  parse_variant,
+)
+from spo_jax.errors import UserError
+
+
+def changed(path: str, value) -> ml_collections.ConfigDict:
+  config = default_config()
+  config.unlock()
+  with config.ignore_type():
+    node, names = config, path.split(".")
+    for name in names[:-1]:
+      node = node[name]
+    node[names[-1]] = value
+  return config
+
+
+def test_defaults_round_trip():
+  assert from_config_dict(default_config()) == Config()
+
+
+@pytest.mark.parametrize("module", [spo_tree, spo_chain, grpo])
+def test_every_variant_of_every_config_is_valid(module):
+  for variant in ["", *module.VARIANTS]:
+    config = from_config_dict(module.get_config(variant))
+    assert config.data.variant == (variant or "plain").replace("arithmetic", "plain")
+  with pytest.raises(UserError, match="unknown variant 'nope'.*arithmetic"):
+    module.get_config("nope")
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("rollout.strategy", "forest", "strategy is 'forest', it must be one of: tree, chain, group"),
+    ("rollout.branches", (2, 0, 2), "branches"),
+    ("rollout.segment_tokens", (30, 30), "segment_tokens"),
+    ("rollout.temperature", 0.0, "temperature"),
+    ("rollout.top_p", 1.5, "top_p is 1.5"),
+    ("rollout.prompts", 0, "config.rollout.prompts is 0, it must be positive"),
+    ("rollout.prompts", 9.5, "config.rollout.prompts is 9.5, it must be of type int"),
+    ("loss.scaling", "white", "it must be one of: whiten, rescale, none"),
+    ("loss.kl_estimator", "full", "kl_estimator"),
+    ("advantage.kind", "rloo", "it must be one of: difference, normalized, leave_one_out"),
+    ("model.kv_heads", 3, "heads 2 must be a multiple of kv_heads 3"),
+    ("model.dtype", "float16", "dtype"),
+    ("packing.block", 48, "row_length 256 must be a multiple of block 48"),
+    ("packing.row_length", 64, "row_length 64 must hold the longest prompt and response"),
+    ("loss.epsilon", 0.2, "config.loss has no field 'epsilon', did you mean"),
+  ],
+)
+def test_a_value_that_cannot_work_is_named(path, value, message):
+  with pytest.raises(UserError, match=message):
+    from_config_dict(changed(path, value))
+
+
+def test_a_missing_field_is_named():
+  config = default_config()
+  config.unlock()
+  del config.loss["kl_coef"]
+  with pytest.raises(UserError, match="config.loss.kl_coef is missing"):
+    from_config_dict(config)
+
+
+def test_a_misspelt_override_is_named_with_the_nearest_field():
+  check_field("rollout.top_p")
+  with pytest.raises(UserError, match="config has no field 'iteratons', did you mean 'iterations'"):
+    check_field("iteratons")
+  with pytest.raises(UserError, match="config.rollout has no field 'zzz', it has: strategy"):
+    check_field("rollout.zzz")
+  with pytest.raises(UserError, match="has no field 'x'"):
+    check_field("seed.x")
+
+
+def test_parse_variant_takes_the_default_for_none():
+  assert parse_variant(None, {"a": 1}, "a") == "a"
+  assert parse_variant("", {"a": 1}, "a") == "a"
+
+
+def test_batches_that_the_mesh_cannot_divide_are_named():
+  config = Config()
+  check_mesh(config, 8)
+  with pytest.raises(UserError, match="config.rollout.prompts 96 cannot be divided .* are 5"):
+    check_mesh(config, 5)
+
+
+def test_budgets_and_longest_tree():
+  config = Config()
+  assert config.budgets == (13, 13, 20)
+  prompt = config.rollout.max_prompt_tokens
+  assert config.longest_segments == (prompt, 13, 13, 20)
+  assert config.longest_tree == prompt + 2 * 13 + 4 * 13 + 8 * 20
+  group = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, strategy="group"))
+  assert group.branches == (8,) and group.budgets == (46,)
+  assert group.longest_tree == prompt + 8 * 46

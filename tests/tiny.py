@@ -1,0 +1,86 @@
+"""A tiny model, its prompts and its sampler, shared by the tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from spo_jax.infra.mesh import make_mesh, param_shardings
+from spo_jax.models.decoder import DecoderConfig, init_params
+from spo_jax.sampling.sampler import Sampler
+from spo_jax.sampling.strategies import Prompts
+from spo_jax.sampling.token import SamplingConfig
+
+EOS = 1
+PAD = 0
+VOCAB = 32
+
+
+def tiny_config(**overrides) -> DecoderConfig:
+  """Geometry of a decoder of 2 layers and 16 channels, with grouped queries."""
+  fields = {
+    "vocab_size": VOCAB,
+    "width": 16,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "ffn": 24,
+    "rope_theta": 1e4,
+    "norm_eps": 1e-6,
+    "tie_embeddings": False,
+    "dtype": "float32",
+    "remat": False,
+  }
+  return DecoderConfig(**(fields | overrides))
+
+
+def tiny_params(cfg: DecoderConfig, seed: int = 0):
+  """Unboxed parameters whose distributions are spread; one token in 5 to 20 is `EOS`.
+
+  Drawn by NumPy, as compiling `init_params` takes longer than most tests.
+  """
+  rng = np.random.default_rng(seed)
+  shapes = nn.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+  draw = lambda x: np.ones(x.shape) if len(x.shape) == 1 else rng.normal(size=x.shape) / 4
+  params = jax.tree.map(lambda x: draw(x).astype(np.float32), shapes)
+  if cfg.tie_embeddings:
+    params["embedding"] *= 1.5
+    params["embedding"][EOS] *= 3.0
+  else:
+    params["unembedding"] *= 1.5
+    params["unembedding"][:, EOS] *= 4.0
+  return jax.tree.map(jnp.asarray, params)
+
+
+def shard_params(cfg: DecoderConfig, mesh: jax.sharding.Mesh, params):
+  """Parameters on a mesh, placed by their logical axes."""
+  shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  return jax.device_put(params, param_shardings(mesh, shapes))
+
+
+def tiny_prompts(count: int, *, longest: int = 6, seed: int = 0) -> Prompts:
+  """Prompts of 2 to `longest` tokens, padded, with keys of their own; none contains `EOS`."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(2, longest + 1, count).astype(np.int32)
+  tokens = rng.integers(2, VOCAB, (count, longest)).astype(np.int32)
+  tokens[np.arange(longest) >= lengths[:, None]] = PAD
+  return Prompts(tokens, lengths, jax.random.split(jax.random.key(seed + 100), count))
+
+
+def take_prompts(prompts: Prompts, index) -> Prompts:
+  """Some of the prompts."""
+  index = np.asarray(index)
+  return Prompts(prompts.tokens[index], prompts.lengths[index], prompts.keys[jnp.asarray(index)])
+
+
+def tiny_sampler(cfg: DecoderConfig, *, mesh=None, slots=64, refill_share=0.25, **sampling):
+  """The compiled verbs for one device, or for a mesh."""
+  return Sampler(
+    cfg=cfg,
+    mesh=mesh or make_mesh(1, 1, 1),
+    eos_id=EOS,
+    sampling=SamplingConfig(**sampling),
+    slots=slots,
+    refill_share=refill_share,
+  )

@@ -1,0 +1,62 @@
+"""A run small enough for tests: the real command with a tiny model and few prompts."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+TINY = {
+  "iterations": 4,
+  "model.width": 16,
+  "model.head_dim": 8,
+  "model.ffn": 32,
+  "warm_start.max_steps": 4,
+  "warm_start.eval_every": 2,
+  "warm_start.batch_size": 8,
+  "warm_start.eval_prompts": 8,
+  "rollout.prompts": 8,
+  "packing.rows": 8,
+  "eval.every": 2,
+  "eval.prompts": 8,
+  "checkpoint.every": 2,
+  "mesh.data": 1,
+}
+
+
+def command(config: str, workdir: pathlib.Path, **overrides) -> list[str]:
+  """The command line of a tiny run; a field `a.b` is given as the keyword `a__b`."""
+  fields = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
+  flags = [f"--config.{name}={value}" for name, value in fields.items()]
+  return [
+    sys.executable, "-m", "spo_jax.main", f"--config=configs/{config}", f"--workdir={workdir}", *flags
+  ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+  """Variables for a child process on one CPU device."""
+  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+def start(config: str, workdir: pathlib.Path, **overrides) -> subprocess.Popen:
+  """Starts a tiny run in a process of its own."""
+  return subprocess.Popen(
+    command(config, workdir, **overrides),
+    cwd=REPOSITORY,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def metrics_without_timings(workdir: pathlib.Path) -> list[str]:
+  """Lines of metrics.jsonl with the fields that tell seconds taken out, other bytes as they are."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  kept = []
+  for line in lines:
+    fields = json.loads(line)
+    kept.append(json.dumps({k: v for k, v in fields.items() if not k.startswith("time/")}))
+  return kept
