@@ -76,7 +76,10 @@ class RolloutConfig:
   max_prompt_tokens: int = 40
   max_response_tokens: int = 46
   branches: tuple[int, ...] = (2, 2, 2)  # tree: children of a node, by depth
-  segment_tokens: tuple[int, ...] = (13, 13)  # tree: M by depth; the last segment takes what is left
+  segment_tokens: tuple[int, ...] = (
+    13,
+    13,
+  )  # tree: M by depth; the last segment takes what is left
   samples: int = 8  # chain, group: trajectories a prompt
   probes: int = 9  # chain: rollouts at a cut
   cuts_per_group: int = 2  # chain: cuts of a trajectory that are probed together
@@ -347,7 +350,8 @@ def _check(config: Config) -> None:
   need(
     len(config.branches) == len(config.budgets) and min((*config.branches, *config.budgets)) > 0,
     f"config.rollout: branches {config.branches} need segment_tokens for all levels but the last, "
-    f"which takes what max_response_tokens {rollout.max_response_tokens} leaves; budgets are {config.budgets}",
+    f"which takes what max_response_tokens {rollout.max_response_tokens} leaves; "
+    f"budgets are {config.budgets}",
   )
   need(
     model.heads % model.kv_heads == 0,
@@ -361,7 +365,8 @@ def _check(config: Config) -> None:
   path = sum(config.longest_segments)
   need(
     packing.row_length >= path,
-    f"config.packing.row_length {packing.row_length} must hold the longest prompt and response, {path} tokens",
+    f"config.packing.row_length {packing.row_length} must hold the longest prompt and response, "
+    f"{path} tokens",
   )
 
 
@@ -376,10 +381,12 @@ def check_mesh(config: Config, row_shards: int) -> None:
     "packing.rows": config.packing.rows,
     "eval.prompts": config.eval.prompts,
     "warm_start.eval_prompts": config.warm_start.eval_prompts,
+    "rollout.slots": config.rollout.slots,
   }
   for name, size in batches.items():
     if size % row_shards:
       raise UserError(
-        f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are {row_shards}: "
+        f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are "
+        f"{row_shards}: "
         f"use a multiple of {row_shards}"
       )

@@ -1,7 +1,8 @@
 """The rollout: a forest of segments in flat arrays, on the host.
 
-Every method samples one tree a prompt, whose nodes are segments of tokens; the methods differ in its shape alone.
-Tokens stay ids from here to the loss: text is made for graders and for people only.
+Every method samples one tree a prompt, whose nodes are segments of tokens; the methods differ in
+its shape alone. Tokens stay ids from here to the loss: text is made for graders and for people
+only.
 """
 
 from typing import NamedTuple

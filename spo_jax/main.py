@@ -98,7 +98,8 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
       for name in difference(json.loads(path.read_text()), config):
         if name.split(".")[0] not in (*MAY_CHANGE, "config_file"):
           raise UserError(
-            f"workdir {workdir} holds a run with another config ({name} differs): choose another --workdir"
+            f"workdir {workdir} holds a run with another config ({name} differs): "
+            "choose another --workdir"
           )
     workdir.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")

@@ -1,6 +1,4 @@
-"""Rollout trees for reading: one prompt's forest with text, values and advantages, as JSON for the
-report.
-"""
+"""Rollout trees for reading: one prompt's tree with text, values and advantages, as JSON."""
 
 import json
 import os
@@ -24,9 +22,7 @@ def save(
   estimated: Estimate,
   records: Sequence[dict[str, Any]],
 ) -> None:
-  """Writes the tree with the most trained segments to `rollouts/last.json`, and at iteration 1 to
-  `first.json` too.
-  """
+  """Writes the tree with most trained segments to last.json, and at iteration 1 to first.json."""
   tree = int(np.argmax(np.bincount(forest.tree, weights=estimated.trained)))
   rollout = {
     "iteration": iteration,
@@ -69,9 +65,7 @@ def _nodes(run: Run, forest: Forest, rewards, estimated: Estimate, tree: int):
 
 
 def _pieces(tokenizer, tokens: np.ndarray) -> list[str]:
-  """Text of each token as it reads within its segment: the growth of the decoded text, or a special
-  token's name.
-  """
+  """Text of each token within its segment: what decoding grows by, or a special token's name."""
   pieces, text = [], ""
   for end in range(1, len(tokens) + 1):
     grown = tokenizer.decode(tokens[:end], skip_special_tokens=True)

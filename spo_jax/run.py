@@ -1,6 +1,4 @@
-"""What a run works with, made once from its config: tokenizer, mesh, model geometry, prompts,
-samplers.
-"""
+"""What a run works with, made once from its config: tokenizer, mesh, model, prompts, samplers."""
 
 import dataclasses
 import pathlib
@@ -9,9 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax import rewards
 from spo_jax.config import Config, check_mesh
@@ -25,7 +21,7 @@ from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
-from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from spo_jax.training.optimizer import OptimizerConfig
 from spo_jax.training.step import TrainState, init_state
 
 
@@ -69,9 +65,7 @@ class Run:
     )
 
   def prompts(self, records: Sequence[dict[str, Any]], key: jax.Array, ids: str) -> Prompts:
-    """Tokenises records; a prompt's key is folded from the record's field `ids`, so it does not
-    depend on the batch.
-    """
+    """Tokenises records; a prompt's key is folded from its field `ids`, whatever the batch is."""
     tokens, lengths = source.encode_prompts(
       self.tokenizer, [r["question"] for r in records], self.config.rollout.max_prompt_tokens
     )
@@ -100,27 +94,10 @@ class Run:
   def initial_state(self, optimizer: OptimizerConfig) -> TrainState:
     """Random parameters and an empty optimiser, sharded from the start."""
     key = self.key("params")
+    shapes = jax.eval_shape(lambda: init_params(self.model, key))
     make = lambda: nn.unbox(init_params(self.model, key))
-    return self.fresh_state(jax.jit(make, out_shardings=self.param_shardings())(), optimizer)
-
-  def param_shardings(self) -> Any:
-    """NamedShardings of the parameters."""
-    shapes = jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
-    return param_shardings(self.mesh, shapes)
-
-  def fresh_state(self, params: Any, optimizer: OptimizerConfig) -> TrainState:
-    """A state around given parameters; Adam's moments lie where their parameters do."""
-    shardings = self.param_shardings()
-    whole = NamedSharding(self.mesh, PartitionSpec())
-    state = init_state(params, optimizer)
-    place = optax.tree.map_params(
-      make_optimizer(optimizer),
-      lambda _, sharding: sharding,
-      state.opt_state,
-      shardings,
-      transform_non_params=lambda _: whole,
-    )
-    return jax.device_put(state, TrainState(shardings, place, whole))
+    params = jax.jit(make, out_shardings=param_shardings(self.mesh, shapes))()
+    return init_state(params, optimizer)
 
 
 def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:

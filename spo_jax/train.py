@@ -25,7 +25,7 @@ from spo_jax.run import Run, delimiter_ids
 from spo_jax.sampling import strategies
 from spo_jax.training import packing
 from spo_jax.training.estimate import Estimate, estimate
-from spo_jax.training.step import LossConfig, TrainState, prepare, train_step
+from spo_jax.training.step import LossConfig, TrainState, init_state, prepare, train_step
 from spo_jax.training.warm_start import warm_start
 
 
@@ -40,7 +40,7 @@ def train(run: Run) -> None:
   held = held_out(run, config.eval.split, config.eval.prompts)
   ref_params = warm_start(run)
   # A copy: training donates its parameters, the reference policy keeps its own.
-  state = run.fresh_state(jax.tree.map(jnp.copy, ref_params), config.optimizer)
+  state = init_state(jax.tree.map(jnp.copy, ref_params), config.optimizer)
   counters = Counters()
   checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
   with MetricWriter(run.workdir) as writer, contextlib.closing(checkpoints):
@@ -103,14 +103,18 @@ def sample(
     advance(1)
   own = leaves[~forest.probe[leaves]]
   path_tokens = [len(forest.response(leaf)) for leaf in own]
-  return forest, rewards, {
-    "train/reward_mean": _tree_mean(forest, rewards, own),
-    "train/finished": float(np.mean(forest.finished[own])),
-    "train/response_tokens": float(np.mean(path_tokens)),
-    "train/grader_failures": failures,
-    "time/rollout_s": sampled - began,
-    "time/grade_s": time.perf_counter() - sampled,
-  }
+  return (
+    forest,
+    rewards,
+    {
+      "train/reward_mean": _tree_mean(forest, rewards, own),
+      "train/finished": float(np.mean(forest.finished[own])),
+      "train/response_tokens": float(np.mean(path_tokens)),
+      "train/grader_failures": failures,
+      "time/rollout_s": sampled - began,
+      "time/grade_s": time.perf_counter() - sampled,
+    },
+  )
 
 
 def _tree_mean(forest: Forest, rewards: np.ndarray, leaves: np.ndarray) -> float:
@@ -169,7 +173,13 @@ def update(
   with run.progress.bar("update", total=len(edges) - 1) as advance:
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
       state, metrics = train_step(
-        run.model, loss_cfg, config.optimizer, state, batch, jnp.int32(start), jnp.int32(stop - start)
+        run.model,
+        loss_cfg,
+        config.optimizer,
+        state,
+        batch,
+        jnp.int32(start),
+        jnp.int32(stop - start),
       )
       steps.append(metrics)
       advance(1)
@@ -196,9 +206,7 @@ def pack_config(config: Config) -> packing.PackConfig:
     row_length=rows.row_length,
     rows=rows.rows,
     block=rows.block,
-    key_blocks=packing.key_blocks_bound(
-      list(config.longest_segments), rows.block, rows.row_length
-    ),
+    key_blocks=packing.key_blocks_bound(list(config.longest_segments), rows.block, rows.row_length),
   )
   return packing.with_room(shape, config.longest_tree, config.rollout.prompts)
 
@@ -213,8 +221,10 @@ def loss_config(config: Config) -> LossConfig:
   )
 
 
-EMPTY_RECORD = {"bytes": 0, "sha256":
-"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+EMPTY_RECORD = {
+  "bytes": 0,
+  "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+}
 
 
 class Clock:
@@ -241,5 +251,3 @@ def log(
   }
   writer.write(line)
   run.progress.summary(line)
-
-

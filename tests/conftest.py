@@ -12,6 +12,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling takes most of the suite's time, and tiny shapes gain nothing from optimised code.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update(
   "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "spo_jax_test_cache")
 )

@@ -6,7 +6,7 @@ from spo_jax.forest import ForestBuilder
 
 @pytest.fixture
 def builder():
-  """Two prompts; a path of two segments and a sibling under the first, one segment under the other."""
+  """Two prompts: under the first a path of two segments and a sibling, under the other one."""
   builder = ForestBuilder()
   roots = builder.add_roots(np.array([[5, 6, 0], [7, 8, 9]]), np.array([2, 3]))
   assert list(roots) == [0, 1] and builder.next_id == 2

@@ -56,7 +56,10 @@ def test_tree_writes_what_the_contract_promises(tree_run):
   for column in ("tokens/sampled", "tokens/trained", "time/elapsed_s"):
     assert np.all(np.diff([line[column] for line in lines]) >= 0)
   assert (workdir / "report.html").exists()
-  assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "4"]
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [
+    "2",
+    "4",
+  ]
   assert json.loads((workdir / "config.json").read_text())["iterations"] == config.iterations
   first = json.loads((workdir / "rollouts" / "first.json").read_text())
   assert first["iteration"] == 1

@@ -63,9 +63,9 @@ class Difficulty:
 
   start: tuple[int, int] = (2, 19)
   operand: tuple[int, int] = (1, 9)  # Of a single addition or subtraction.
-  groups: tuple[int, int] = (2, 4)  # Friends who are given some, boxes that are found.
+  groups: tuple[int, int] = (2, 3)  # Friends who are given some, boxes that are found.
   each: tuple[int, int] = (2, 4)  # What one friend gets, what one box holds.
-  limit: int = 40  # No intermediate result exceeds it; the least is 1.
+  limit: int = 25  # No intermediate result exceeds it; the least is 1.
   double_steps: tuple[int, int] = (1, 2)  # Operations that take two equations.
   filler_words: tuple[int, int] = (1, 3)  # In each gap between equations.
 

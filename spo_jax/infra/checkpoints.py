@@ -11,10 +11,12 @@ from spo_jax.errors import UserError
 
 
 class Checkpoints:
-  """Checkpoints of one folder, named by step. Each holds a pytree of arrays and a JSON dictionary."""
+  """Checkpoints of one folder, named by step: each a pytree of arrays and a JSON dictionary."""
 
   def __init__(self, directory: pathlib.Path, *, keep: int):
-    """Opens the folder, which is made if it does not exist; what a killed process left half written is removed."""
+    """Opens the folder, which is made if it does not exist; what a killed process left half written
+    is removed.
+    """
     self._directory = pathlib.Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(
@@ -53,7 +55,8 @@ class Checkpoints:
     except Exception as error:  # Orbax, TensorStore and JSON raise a dozen kinds for a damaged file
       reason = str(error).strip().split("\n")[0][:160]
       raise UserError(
-        f"checkpoint {self._directory / str(step)} cannot be read; it is damaged (delete that folder to go on from the one before) or of another model: "
+        f"checkpoint {self._directory / str(step)} cannot be read; it is damaged (delete that "
+        "folder to go on from the one before) or of another model: "
         f"{type(error).__name__}: {reason}"
       ) from error
     return restored.arrays, restored.record

@@ -1,4 +1,4 @@
-"""One mesh, one table from logical axes to mesh axes: the only place where an array's sharding is decided."""
+"""One mesh, and one table from logical axes to mesh axes: shardings are decided here alone."""
 
 import jax
 import numpy as np
@@ -27,17 +27,21 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
   """
   devices = jax.devices()
   if data < -1 or min(abs(data), fsdp, tensor) < 1:
-    raise UserError(f"mesh: data {data}, fsdp {fsdp}, tensor {tensor} must be positive (data: or -1)")
+    raise UserError(
+      f"mesh: data {data}, fsdp {fsdp}, tensor {tensor} must be positive (data: or -1)"
+    )
   if data == -1:
     if len(devices) % (fsdp * tensor):
       raise UserError(
-        f"mesh: fsdp {fsdp} x tensor {tensor} does not divide the {len(devices)} devices of this machine"
+        f"mesh: fsdp {fsdp} x tensor {tensor} does not divide the {len(devices)} devices "
+        "of this machine"
       )
     data = len(devices) // (fsdp * tensor)
   size = data * fsdp * tensor
   if size > len(devices):
     raise UserError(
-      f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} needs {size} devices, this machine has {len(devices)}"
+      f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} needs {size} devices, "
+      f"this machine has {len(devices)}"
     )
   grid = np.asarray(devices[:size]).reshape(data, fsdp, tensor)
   return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -48,10 +52,14 @@ def row_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def shard_rows(mesh: Mesh, tree, axis: int = 0):
-  """Puts arrays on the mesh, split over their rows (axis `axis`)."""
-  sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
-  return jax.device_put(tree, sharding)
+def row_sharding(mesh: Mesh) -> NamedSharding:
+  """How the rows (axis 0) of arrays are split."""
+  return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def shard_rows(mesh: Mesh, tree):
+  """Puts arrays on the mesh, split over their rows."""
+  return jax.device_put(tree, row_sharding(mesh))
 
 
 def shard_batch(mesh: Mesh, batch):
@@ -60,17 +68,13 @@ def shard_batch(mesh: Mesh, batch):
   return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), batch)
 
 
-def replicate(mesh: Mesh, tree):
-  """Puts arrays on every device of the mesh, whole."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
 def param_shardings(mesh: Mesh, boxed_params):
   """NamedShardings of parameters from their logical axis names.
 
   Args:
     mesh: the mesh.
-    boxed_params: parameters (or their shapes) boxed by `nn.with_partitioning`, as from `init_params`.
+    boxed_params: parameters (or their shapes) boxed by `nn.with_partitioning`, as from
+      `init_params`.
 
   Returns:
     A pytree like the unboxed parameters.

@@ -21,16 +21,18 @@ def interval_attention(
 ) -> jax.Array:
   """Attention in which query i sees key j iff j <= i < until[j], computed on visible blocks only.
 
-  A row is a forest written depth first (`training/packing.py`), so this one integer a key is exactly
-  "the key is an ancestor of the query, or an earlier token of its segment". The row is cut into N blocks of
-  C = T / N tokens, and each query block is multiplied with the W key blocks listed for it: cost T * W * C, not T * T.
+  A row is a forest written depth first (`training/packing.py`), so this one integer a key is
+  exactly "the key is an ancestor of the query, or an earlier token of its segment". The row is cut
+  into N blocks of C = T / N tokens, and each query block is multiplied with the W key blocks listed
+  for it: cost T * W * C, not T * T.
 
   Args:
     q_BxTxHxDh: queries; H a multiple of K.
     k_BxTxKxDh: keys.
     v_BxTxKxDh: values.
     until_BxT: [B, T] int32, first row index past the subtree that hangs off the token.
-    key_blocks_BxNxW: [B, N, W] int32, indices of the key blocks that query block n may see; -1 pads.
+    key_blocks_BxNxW: [B, N, W] int32, indices of the key blocks that query block n may see; -1
+      pads.
 
   Returns:
     [B, T, H, Dh], dtype of v.
@@ -78,7 +80,7 @@ def attend_packed(q, k, v, context: PackedContext, cache):
 
 
 def attend_prefill(q, k, v, context, cache):
-  """Prefill: plain causal attention over one right-padded row; the cache is head-major (k, v) [B, K, T, Dh]."""
+  """Prefill: plain causal attention; the cache is (keys, values) [B, K, T, Dh], head-major."""
   del context, cache
   B, T = k.shape[:2]
   until = jnp.full((B, T), T, jnp.int32)
@@ -87,7 +89,7 @@ def attend_prefill(q, k, v, context, cache):
 
 
 class DecodeContext(NamedTuple):
-  """What `attend_decode` needs besides the caches. R groups of n continuations, P prefix slots, S suffix slots."""
+  """What `attend_decode` needs besides the caches: R groups of n continuations, S suffix slots."""
 
   visible: jax.Array  # [R, n] int32, number of leading prefix tokens that a continuation sees
   suffix_mask: jax.Array  # [R, S] bool, suffix slots that belong to the group
@@ -98,15 +100,17 @@ class DecodeContext(NamedTuple):
 def attend_decode(q, k, v, context: DecodeContext, cache):
   """Decode: one new token a continuation against the group's shared prefix and its own suffix.
 
-  The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh] matrix a key-value head.
-  Prefix and suffix scores share one softmax, normalised by their joint log-sum-exp.
+  The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh]
+  matrix a key-value head. Prefix and suffix scores share one softmax, normalised by their joint
+  log-sum-exp.
 
   Args:
     q: [R * n, 1, H, Dh].
     k: [R * n, 1, K, Dh].
     v: like k.
     context: see `DecodeContext`.
-    cache: (prefix keys, prefix values) [R, K, P, Dh] and (suffix keys, suffix values) [R, n, K, S, Dh].
+    cache: (prefix keys, prefix values) [R, K, P, Dh] and (suffix keys, suffix values) [R, n, K, S,
+      Dh].
 
   Returns:
     ([R * n, 1, H, Dh], (updated suffix keys, updated suffix values)).

@@ -1,9 +1,12 @@
-"""One Linen decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU) for training, prefill and decode.
+"""One Linen decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU) for training, prefill and
+decode.
 
-The three uses differ in attention alone, so attention is an argument: `attend(q, k, v, context, cache)`
-returns the mixed values and the layer's new cache. `models/attention.py` has the three of them.
+The three uses differ in attention alone, so attention is an argument: `attend(q, k, v, context,
+cache)` returns the mixed values and the layer's new cache. `models/attention.py` has the three of
+them.
 
-Axis letters: B rows, T tokens, D width, H heads, K key-value heads, Dh head dimension, F feed-forward, V vocabulary.
+Axis letters: B rows, T tokens, D width, H heads, K key-value heads, Dh head dimension, F
+feed-forward, V vocabulary.
 """
 
 import dataclasses

@@ -6,7 +6,8 @@ import functools
 import jax
 import numpy as np
 
-from spo_jax.infra.mesh import shard_rows
+from spo_jax.errors import UserError
+from spo_jax.infra.mesh import row_sharding, row_shards, shard_rows
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.sampling import verbs
 from spo_jax.sampling.token import SamplingConfig
@@ -25,12 +26,25 @@ class Sampler:
 
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
-    return _prefill(self.cfg, params, *shard_rows(self.mesh, (tokens_RxP, lengths_R)))
+    prompts = shard_rows(self.mesh, (tokens_RxP, lengths_R))
+    return _prefill(self.cfg, row_sharding(self.mesh), params, *prompts)
 
   def decode(
     self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
   ) -> verbs.Segments:
-    """See `verbs.decode`."""
+    """See `verbs.decode`.
+
+    Raises:
+      ValueError: if a group asks for more than `max_new_tokens`, or begins before its prefix.
+      UserError: if not all groups fit the slots, and the mesh cannot divide the slots.
+    """
+    if np.max(groups.limits) > max_new_tokens or np.min(groups.starts) < 1:
+      raise ValueError("limits must be at most max_new_tokens, and starts at least 1")
+    if self.slots < len(groups.row) and self.slots % row_shards(self.mesh):
+      raise UserError(
+        f"config.rollout.slots {self.slots} must be a multiple of {row_shards(self.mesh)}, "
+        "the data x fsdp axes of the mesh"
+      )
     decode_cfg = verbs.DecodeConfig(
       max_new_tokens=max_new_tokens,
       slots=self.slots,
@@ -38,6 +52,7 @@ class Sampler:
       eos_id=self.eos_id,
       sampling=self.sampling,
       keep_cache=keep_cache,
+      rows=row_sharding(self.mesh),
     )
     return _decode(self.cfg, decode_cfg, params, prefix, shard_rows(self.mesh, groups))
 
@@ -47,7 +62,12 @@ class Sampler:
     return _extend(prefix, groups, segments, index_R)
 
 
-_prefill = functools.partial(jax.jit, static_argnums=0)(verbs.prefill)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(cfg, rows, params, tokens_RxP, lengths_R):
+  # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
+  return verbs.keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R), rows)
+
+
 _decode = functools.partial(jax.jit, static_argnums=(0, 1))(verbs.decode)
 _extend = jax.jit(verbs.extend)
 
@@ -59,7 +79,7 @@ def compiled_programs() -> int:
 
 @jax.jit
 def child_keys(keys_R: jax.Array, children_RxC: jax.Array) -> jax.Array:
-  """[R, C] keys of the given children of each node: a key depends on (prompt, path of children) alone."""
+  """[R, C] keys of each node's children: functions of the prompt and the path of children alone."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
   # A node's own key seeds its children with odd data and its token draws with even data.
   return fold(keys_R, 2 * children_RxC + 1)

@@ -1,4 +1,4 @@
-"""The three ways to grow a forest: group (GRPO), tree (SPO-tree), chain (SPO-chain). Host code over the verbs."""
+"""How forests grow: tree (SPO-tree, and GRPO as one level), chain (SPO-chain). Host code."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from spo_jax.forest import Forest, ForestBuilder
 from spo_jax.sampling import verbs
 from spo_jax.sampling.sampler import Sampler, child_keys, draw_keys
 
-# [B, T] tokens, log-probs and mask -> [B, T] bool, True where a segment begins (`algorithms/partition.py`).
+# [B, T] tokens, log-probs and mask -> [B, T] bool, True where a segment begins
+# (`algorithms/partition.py`).
 Partition = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -26,10 +27,11 @@ class Prompts:
 def grow_tree(
   sampler: Sampler, params, prompts: Prompts, *, branches: tuple[int, ...], budgets: tuple[int, ...]
 ) -> Forest:
-  """SPO-tree: every node that used its whole budget gets `branches[depth]` children of at most `budgets[depth]` tokens.
+  """SPO-tree: a node that used its whole budget gets `branches[depth]` children.
 
-  A node that ends by itself is a leaf wherever it is; so is every node at the last depth. GRPO is the tree of one level:
-  branches (G,) and budgets (the longest response,).
+  A child has at most `budgets[depth]` tokens. A node that ends by itself is a leaf wherever it is;
+  so is every node at the last depth. GRPO is the tree of one level: branches (G,) and budgets (the
+  longest response,).
   """
   builder = ForestBuilder()
   nodes = builder.add_roots(prompts.tokens, prompts.lengths)
@@ -48,7 +50,9 @@ def grow_tree(
     host = jax.device_get(segments._replace(cache=()))
     wanted = host.lengths > 0
     children = np.full(wanted.shape, -1, np.int32)
-    children[wanted] = _add_segments(builder, np.repeat(nodes, n).reshape(-1, n)[wanted], host, wanted)
+    children[wanted] = _add_segments(
+      builder, np.repeat(nodes, n).reshape(-1, n)[wanted], host, wanted
+    )
     if last:
       break
     survives = np.flatnonzero(wanted & ~host.finished)
@@ -72,11 +76,11 @@ def grow_chain(
   partition: Partition,
   cuts_per_group: int,
 ) -> Forest:
-  """SPO-chain: trajectories cut into segments, and `probes` rollouts from the state before each cut.
+  """SPO-chain: trajectories cut into segments, and `probes` rollouts from each cut.
 
-  A trajectory becomes a path of segment nodes; the probes hang off the node that ends at their cut (the prompt, if a cut
-  precedes the first token). A prompt is probed once for all its trajectories. The probes continue inside the trajectory's
-  own cache: nothing is prefilled twice.
+  A trajectory becomes a path of segment nodes; the probes hang off the node that ends at their cut
+  (the prompt, if a cut precedes the first token). A prompt is probed once for all of its
+  trajectories. Probes continue inside the trajectory's own cache: nothing is prefilled twice.
 
   Args:
     sampler: the compiled verbs.
@@ -84,11 +88,12 @@ def grow_chain(
     prompts: R prompts.
     samples: G, trajectories a prompt.
     probes: rollouts at a cut.
-    max_new_tokens: longest response, of trajectories and of probes (what precedes the cut included).
+    max_new_tokens: longest response, of trajectories and of probes (what precedes the cut
+      included).
     partition: where segments begin.
     cuts_per_group: cuts whose probes are decoded together against one trajectory.
 
-  Returns:
+   Returns:
     The forest: prompts, segments, probes.
   """
   builder = ForestBuilder()
@@ -102,14 +107,14 @@ def grow_chain(
     limits=np.full(shape, max_new_tokens, np.int32),
     keys=draw_keys(keys),
   )
-  segments = sampler.decode(
-    params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=True
-  )
+  segments = sampler.decode(params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=True)
   host = jax.device_get(segments._replace(cache=()))
   tokens, logprobs = (x.reshape(-1, max_new_tokens) for x in (host.tokens, host.logprobs))
   mask = np.arange(max_new_tokens) < host.lengths.reshape(-1, 1)
   cuts = np.array(partition(tokens, logprobs, mask))
-  before = _add_paths(builder, np.repeat(roots, samples), tokens, logprobs, mask, cuts, host.finished)
+  before_cut = _add_paths(
+    builder, np.repeat(roots, samples), tokens, logprobs, mask, cuts, host.finished
+  )
 
   # The state before the first token is the prompt's own: one trajectory probes it for all.
   first_of_prompt = np.cumsum(cuts[:, 0].reshape(shape), axis=1).reshape(-1) == 1
@@ -133,7 +138,7 @@ def grow_chain(
     host = jax.device_get(
       sampler.decode(params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=False)
     )
-    parents = spread(before[trajectory[:, None], position])
+    parents = spread(before_cut[trajectory[:, None], position])
     _add_segments(builder, parents[wanted], host, wanted, probe=True)
   return builder.build()
 
@@ -152,14 +157,20 @@ def _add_segments(builder, parents, host: verbs.Segments, wanted, *, probe=False
 
 
 def _add_paths(builder, roots, tokens, logprobs, mask, cuts, finished) -> np.ndarray:
-  """Adds trajectories [B, T] as paths of segments; returns [B, T], the node that ends before each token."""
+  """Adds trajectories [B, T] as paths of segments.
+
+  Returns:
+    [B, T] int32; where a segment begins, the node that ends before it.
+  """
   begins = cuts.copy()
   begins[:, 0] = True
   begins &= mask
   count = begins.sum(1)
   is_last = np.zeros(count.sum(), bool)
   is_last[np.cumsum(count) - 1] = True
-  owner = np.cumsum(begins.reshape(-1)).reshape(begins.shape) - 1  # running index of the token's segment
+  owner = (
+    np.cumsum(begins.reshape(-1)).reshape(begins.shape) - 1
+  )  # running index of the token's segment
   lengths = np.bincount(owner[mask], minlength=count.sum())
   first_id = builder.next_id
   first_segment = np.zeros(count.sum(), bool)

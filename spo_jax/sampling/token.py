@@ -17,7 +17,7 @@ class SamplingConfig:
 
 
 def token_distribution(logits_BxV: jax.Array, temperature: float) -> jax.Array:
-  """log softmax(logits / temperature) in float32: the distribution whose log-probs sampler and loss share."""
+  """log softmax(logits / temperature), float32: the log-probs that sampler and loss share."""
   return jax.nn.log_softmax(logits_BxV.astype(jnp.float32) / (temperature or 1.0), axis=-1)
 
 
@@ -55,8 +55,8 @@ def sample_token(
     sampling: temperature, top-k and top-p, applied in this order.
 
   Returns:
-    (tokens [B] int32, log-probs [B] float32). The log-prob is under `token_distribution`, before truncation by top-k
-    and top-p: that is the distribution that the loss uses.
+    (tokens [B] int32, log-probs [B] float32). The log-prob is under `token_distribution`, before
+    truncation by top-k and top-p: that is the distribution that the loss uses.
   """
   chex.assert_rank([keys_B, logits_BxV], [1, 2])
   logprobs_BxV = token_distribution(logits_BxV, sampling.temperature)
@@ -67,7 +67,7 @@ def sample_token(
     if sampling.top_k or sampling.top_p < 1:
       kept_BxV = kept_tokens(logprobs_BxV, top_k=sampling.top_k, top_p=sampling.top_p)
       mass_BxV = jnp.where(kept_BxV, mass_BxV, 0.0)
-    # The sum is rounded in blocks, so it is not quite flat over tokens without mass: leave them out.
+    # The sum is rounded in blocks, so not quite flat over tokens without mass: leave them out.
     cdf_BxV = jnp.where(mass_BxV > 0, jnp.cumsum(mass_BxV, axis=-1), 0.0)
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)
     above_BxV = cdf_BxV > uniform_B[:, None] * cdf_BxV.max(-1, keepdims=True)

@@ -1,14 +1,17 @@
 """The sampling verbs: prefill, decode (with refill), extend. Pure functions of arrays.
 
-GRPO is `prefill; decode`. SPO-tree is `prefill; (decode; extend)*`. SPO-chain is `prefill; decode; extend; decode` from
-every cutpoint. The KV cache of a prefix is stored once and shared by the n continuations of its group; a continuation
-may start inside the prefix, where its view of the prefix is just shorter.
+GRPO is `prefill; decode`. SPO-tree is `prefill; (decode; extend)*`. SPO-chain is `prefill; decode;
+extend; decode` from every cutpoint. The KV cache of a prefix is stored once and shared by the n
+continuations of its group; a continuation may start inside the prefix, where its view of the prefix
+is just shorter.
 
-A decode step feeds the token before the one that it draws, the first step of a continuation thus the last prefix token
-that it sees. So a prefix is its tokens and their keys and values: no hidden state is handed from verb to verb.
+A decode step feeds the token before the one that it draws, the first step of a continuation thus
+the last prefix token that it sees. So a prefix is its tokens and their keys and values: no hidden
+state is handed from verb to verb.
 
-Axis letters: R prefixes, Q groups asked for, E slots (groups being decoded at a time), n continuations of a group,
-P prefix tokens, S suffix tokens, K key-value heads, Dh head dimension, V vocabulary.
+Axis letters: R prefixes, Q groups asked for, E slots (groups being decoded at a time), n
+continuations of a group, P prefix tokens, S suffix tokens, K key-value heads, Dh head dimension, V
+vocabulary.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax.models.attention import DecodeContext, attend_decode, attend_prefill
 from spo_jax.models.decoder import DecoderConfig, forward, unembedding
@@ -37,8 +41,8 @@ class Groups(NamedTuple):
   """What to decode: Q groups of n continuations of one prefix each, the padding last."""
 
   row: jax.Array  # [Q] int32, index of the prefix; NO_GROUP pads
-  starts: jax.Array  # [Q, n] int32, number of prefix tokens that the continuation sees, at least 1
-  limits: jax.Array  # [Q, n] int32, most tokens to draw; 0 for a continuation that is not wanted
+  starts: jax.Array  # [Q, n] int32, prefix tokens that the continuation sees, at least 1
+  limits: jax.Array  # [Q, n] int32, most tokens to draw, at most S; 0: not wanted
   keys: jax.Array  # [Q, n] typed PRNG keys
 
 
@@ -63,6 +67,19 @@ class DecodeConfig:
   eos_id: int
   sampling: SamplingConfig
   keep_cache: bool  # return the suffixes' keys and values, for `extend`
+  rows: NamedSharding | None = None  # how groups are split over a mesh; None leaves it open
+
+
+def keep_rows_split(tree, rows: NamedSharding | None):
+  """Pins the leading axis of arrays to its mesh axes; the compiler may otherwise gather it."""
+  if rows is None:
+    return tree
+
+  def pin(x):
+    spec = PartitionSpec(*rows.spec, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
+
+  return jax.tree.map(pin, tree)
 
 
 class _Slots(NamedTuple):
@@ -170,7 +187,9 @@ def _admit(prefix: Prefix, groups: Groups, slots: _Slots, entering_E: jax.Array,
   zeros = jnp.zeros_like(segments.lengths)
   return _Slots(
     group=jnp.where(enters_E, entering_E, slots.group),
-    prefix_cache=jax.tree.map(lambda new, old: choose(new[row_E], old), prefix.cache, slots.prefix_cache),
+    prefix_cache=jax.tree.map(
+      lambda new, old: choose(new[row_E], old), prefix.cache, slots.prefix_cache
+    ),
     starts=choose(starts_Exn, slots.starts),
     limits=choose(groups.limits[group_E], slots.limits),
     keys=choose(groups.keys[group_E], slots.keys),
@@ -206,9 +225,17 @@ def _step(cfg: DecoderConfig, decode_cfg: DecodeConfig, params, slots: _Slots, t
   caches = tuple(p + s for p, s in zip(slots.prefix_cache, old.cache, strict=True))
   positions_Exn = slots.starts - 1 + slots.step[:, None]
   hidden, cache = forward(
-    cfg, attend_decode, params, slots.fed.reshape(-1, 1), positions_Exn.reshape(-1, 1), context, caches
+    cfg,
+    attend_decode,
+    params,
+    slots.fed.reshape(-1, 1),
+    positions_Exn.reshape(-1, 1),
+    context,
+    caches,
   )
-  logits = jnp.dot(hidden[:, 0], unembedding(cfg, params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+  logits = jnp.dot(
+    hidden[:, 0], unembedding(cfg, params).astype(hidden.dtype), preferred_element_type=jnp.float32
+  )
   keys = jax.vmap(jax.random.fold_in)(slots.keys.reshape(-1), jnp.repeat(slots.step, n))
   tokens, logprobs = sample_token(keys, logits, decode_cfg.sampling)
   tokens_Exn, logprobs_Exn = tokens.reshape(E, n), logprobs.reshape(E, n)
@@ -232,10 +259,11 @@ def decode(
 ) -> Segments:
   """Draws the continuations of all groups, `decode_cfg.slots` groups at a time, at static shapes.
 
-  A group leaves when its last continuation ends, and a waiting one enters: continuous batching by prefix group, inside one
-  compiled program. All groups write the same ring slot at a step, whenever they began; keys carry their rotary position,
-  so the order of the ring does not matter to attention. Every draw depends on the continuation's own key and step, so
-  a result does not depend on the order, the number or the placement of the groups.
+  A group leaves when its last continuation ends, and a waiting one enters: continuous batching by
+  prefix group, inside one compiled program. All groups write the same ring slot at a step, whenever
+  they began; keys carry their rotary position, so the order of the ring does not matter to
+  attention. Every draw depends on the continuation's own key and step, so a result does not depend
+  on the order, the number or the placement of the groups.
 
   Args:
     cfg: decoder geometry.
@@ -268,11 +296,14 @@ def decode(
     slots, done, entered, time = state
     idle_E = ~_running(slots).any(-1)
     leaving_E = jnp.where(idle_E & (slots.group >= 0), slots.group, Q)
-    done = jax.tree.map(lambda store, new: store.at[leaving_E].set(new, mode="drop"), done, drop(slots.segments))
+    done = jax.tree.map(
+      lambda store, new: store.at[leaving_E].set(new, mode="drop"), done, drop(slots.segments)
+    )
     entering_E = entered + jnp.cumsum(idle_E) - 1
     entering_E = jnp.where(idle_E & (entering_E < wanted), entering_E, NO_GROUP)
     slots = slots._replace(group=jnp.where(idle_E, NO_GROUP, slots.group))
     slots = _admit(prefix, groups, slots, entering_E.astype(jnp.int32), time)
+    slots, done = keep_rows_split((slots, done), decode_cfg.rows)
     return slots, done, entered + (entering_E >= 0).sum(), time
 
   def keep_stepping(entered):

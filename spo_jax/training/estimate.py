@@ -1,4 +1,4 @@
-"""From a graded forest to the advantage of every segment: the host's side of `algorithms/values.py`."""
+"""From a graded forest to the advantage of every segment: the shell of `algorithms/values.py`."""
 
 import functools
 from typing import NamedTuple

@@ -1,10 +1,12 @@
 """From forests to one training batch: the packed forest.
 
-A row is a forest written out depth first, so that a token shared by many leaves passes through the model once. Two integers
-a token carry the structure: `prev`, the row index of the token it continues, and `until`, the first row index past the
-subtree that hangs off it. Query q may attend key k iff k <= q < until[k].
+A row is a forest written out depth first, so that a token shared by many leaves passes through the
+model once. Two integers a token carry the structure: `prev`, the row index of the token it
+continues, and `until`, the first row index past the subtree that hangs off it. Query q may attend
+key k iff k <= q < until[k].
 
-M micro-batches, B rows a micro-batch, T tokens a row, N blocks a row, W visible key blocks of a query block.
+M micro-batches, B rows a micro-batch, T tokens a row, N blocks a row, W visible key blocks of a
+query block.
 """
 
 import dataclasses
@@ -50,7 +52,7 @@ class PackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-  """Nodes of one tree that stay together in a row, depth first. Context nodes are trained in another piece."""
+  """Nodes of one tree that stay together in a row; context nodes are trained in another piece."""
 
   nodes: list[int]
   context: list[bool]
@@ -62,8 +64,8 @@ def pack(
 ) -> tuple[PackedForest, dict[str, int]]:
   """Packs the trained segments of a forest, and the ancestors that they need, into rows.
 
-  Trees are laid into rows best fit, the largest first. A tree longer than a row is cut into sub-trees, each with
-  a copy of its ancestors, which are trained in one of the copies only.
+  Trees are laid into rows best fit, the largest first. A tree longer than a row is cut into
+  sub-trees, each with a copy of its ancestors, which are trained in one of the copies only.
 
   Args:
     forest: N nodes.
@@ -72,10 +74,12 @@ def pack(
     cfg: shape of the batch.
 
   Returns:
-    (batch, counts): counts has `rows`, `micro_batches` that hold them, `segments` and `tokens` trained, `packed_tokens`.
+    (batch, counts): counts has `rows`, `micro_batches` that hold them, `segments` and `tokens`
+    trained, `packed_tokens`.
 
   Raises:
-    UserError: if a path from root to leaf is longer than a row, or a query block sees more than `cfg.key_blocks`.
+    UserError: if a path from root to leaf is longer than a row, or a query block sees more than
+      `cfg.key_blocks`.
   """
   pieces = _cut_into_pieces(forest, trained, cfg.row_length)
   rows = _fill_rows([piece.size for piece in pieces], cfg.row_length)
@@ -130,7 +134,8 @@ def pack(
 def visible_blocks(until_RxT: np.ndarray, block: int, width: int) -> np.ndarray:
   """The key blocks that each query block may see, ascending.
 
-  Key block j is visible to query block i >= j iff j == i or some key of j reaches into i: max(until[j]) > i * block.
+  Key block j is visible to query block i >= j iff j == i or some key of j reaches into i:
+  max(until[j]) > i * block.
 
   Args:
     until_RxT: [R, T] int32.
@@ -159,21 +164,25 @@ def visible_blocks(until_RxT: np.ndarray, block: int, width: int) -> np.ndarray:
 
 
 def key_blocks_bound(path_lengths: list[int], block: int, row_length: int) -> int:
-  """Most key blocks that a query block can see in a packed row of trees with these longest segments, root first.
+  """Most key blocks that a query block can see in a packed row of trees with these longest
+  segments, root first.
 
-  What a block of queries sees, apart from itself, are the ancestors of its first token: whatever begins later lies
-  inside the block. A segment of s tokens touches at most ceil((s - 1) / block) + 1 blocks.
+  What a block of queries sees, apart from itself, are the ancestors of its first token: whatever
+  begins later lies inside the block. A segment of s tokens touches at most ceil((s - 1) / block) +
+  1 blocks.
   """
   touched = sum(-(-(length - 1) // block) + 1 for length in path_lengths)
   return min(row_length // block, 1 + touched)
 
 
 def with_room(cfg: PackConfig, tree_tokens: int, trees: int) -> PackConfig:
-  """Sets `min_micro_batches` to what `trees` trees of at most `tree_tokens` tokens can need, so that M never changes.
+  """Sets `min_micro_batches` to what `trees` trees of at most `tree_tokens` tokens can need, so
+  that M never changes.
 
-  With n of the largest trees to a row, rows hold at least n trees each but for the last; best fit also leaves at most one
-  row less than half full. A tree longer than a row is cut into pieces, whose ancestors are written anew: room for twice
-  its tokens is left, which is no bound (ancestors may fill most of a row).
+  With n of the largest trees to a row, rows hold at least n trees each but for the last; best fit
+  also leaves at most one row less than half full. A tree longer than a row is cut into pieces,
+  whose ancestors are written anew: room for twice its tokens is left, which is no bound (ancestors
+  may fill most of a row).
   """
   in_row = cfg.row_length // tree_tokens
   half_full = -(-2 * trees * tree_tokens // cfg.row_length) + 1
@@ -217,8 +226,8 @@ def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> li
     above, above_size = [*path, node], path_size + lengths[node]
     if above_size > row_length or not children[node]:
       raise UserError(
-        f"a path of {above_size} tokens does not fit row_length {row_length}: make rows at least as long as the "
-        "longest prompt and response together"
+        f"a path of {above_size} tokens does not fit row_length {row_length}: make rows at least "
+        "as long as the longest prompt and response together"
       )
     fits = [c for c in children[node] if above_size + size[c] <= row_length]
     first_piece = len(pieces)

@@ -1,7 +1,9 @@
-"""One optimiser step on packed forests: a policy-gradient step, and the supervised step of the warm start.
+"""One optimiser step on packed forests: a policy-gradient step, and the supervised step of the warm
+start.
 
-Batches are [M, B, T]: M micro-batches, of which a traced number is used, so that a batch of any size runs in one compiled
-program. Losses are sums divided by counts of the whole batch: gradient accumulation is exact.
+Batches are [M, B, T]: M micro-batches, of which a traced number is used, so that a batch of any
+size runs in one compiled program. Losses are sums divided by counts of the whole batch: gradient
+accumulation is exact.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax.algorithms import losses, masking
 from spo_jax.models.attention import PackedContext, attend_packed
@@ -72,15 +75,30 @@ def forest_logprobs(
 
 
 def init_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
-  """The state before the first update."""
-  return TrainState(params, make_optimizer(optimizer_cfg).init(params), jnp.zeros((), jnp.int32))
+  """The state before the first update: moments lie where their parameters do, counts everywhere."""
+  optimizer = make_optimizer(optimizer_cfg)
+  home = jax.tree.leaves(params)[0].sharding
+  whole = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
+  opt_state = optax.tree.map_params(
+    optimizer,
+    lambda moment, param: jax.device_put(moment, param.sharding),
+    optimizer.init(params),
+    params,
+    transform_non_params=lambda count: jax.device_put(count, whole),
+  )
+  return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), whole))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prepare(
-  cfg: DecoderConfig, loss_cfg: LossConfig, ref_params, batch: PackedForest, micro_batches: jax.Array
+  cfg: DecoderConfig,
+  loss_cfg: LossConfig,
+  ref_params,
+  batch: PackedForest,
+  micro_batches: jax.Array,
 ) -> PackedForest:
-  """What is computed once an iteration, before any update: reference log-probs, probability mask, scaled advantages.
+  """What is computed once an iteration, before any update: reference log-probs, probability mask,
+  scaled advantages.
 
   Statistics of the advantages are over all loss tokens of the iteration.
 
@@ -128,8 +146,34 @@ def prepare(
   return batch._replace(ref_logprobs=ref_logprobs)
 
 
+@functools.cache
+def _jit(step, treedef, shardings):
+  lies = (jax.tree.unflatten(treedef, shardings), None)
+  return jax.jit(step, static_argnums=(0, 1, 2), donate_argnums=3, out_shardings=lies)
+
+
+def compiled_step(step, state: TrainState):
+  """The jitted form of `train_step` or `supervised_step` for states that lie as this one does."""
+  leaves, treedef = jax.tree.flatten(state)
+  return _jit(step.__wrapped__, treedef, tuple(leaf.sharding for leaf in leaves))
+
+
+def _in_place(step):
+  """Compiles step(static, static, static, state, ...) -> (state, ...) so that the state stays put.
+
+  The state is donated, and the new one has the old one's shardings: left to the compiler they may
+  change from step to step, and every change would compile all programs that take it again.
+  """
+
+  @functools.wraps(step)
+  def run(cfg, loss_cfg, optimizer_cfg, state, *batch):
+    return compiled_step(run, state)(cfg, loss_cfg, optimizer_cfg, state, *batch)
+
+  return run
+
+
 def _accumulate(loss_fn, params, batch: PackedForest, start, count):
-  """Sums `loss_fn(params, micro)` -> (loss, aux) and its gradient over micro-batches start .. start + count - 1."""
+  """Sums loss_fn(params, micro) -> (loss, aux) and its gradient over `count` micro-batches."""
   micro_batch = lambda i: jax.tree.map(lambda x: x[i], batch)
   gradient = jax.grad(loss_fn, has_aux=True)
   shapes = jax.eval_shape(gradient, params, micro_batch(0))
@@ -146,7 +190,7 @@ def _apply(optimizer_cfg, state: TrainState, grads) -> TrainState:
   return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+@_in_place
 def train_step(
   cfg: DecoderConfig,
   loss_cfg: LossConfig,
@@ -160,8 +204,9 @@ def train_step(
 
     loss = Σ_tokens PPO-clip / tokens + kl_coef Σ_tokens KL / segments
 
-  The KL is summed over a segment's tokens and averaged over segments, as in the reference. A batch whose mean ratio
-  exceeds `ratio_threshold`, whose gradient is not finite, or without a token in its loss mask, changes nothing.
+  The KL is summed over a segment's tokens and averaged over segments, as in the reference. A batch
+  whose mean ratio exceeds `ratio_threshold`, whose gradient is not finite, or without a token in
+  its loss mask, changes nothing.
 
   Args:
     cfg: decoder geometry.
@@ -173,8 +218,8 @@ def train_step(
     count: scalar int32.
 
   Returns:
-    (state, metrics): scalars `loss`, `kl` (to the reference policy, mean a token), `policy_kl` (to the sampling policy),
-    `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`.
+    (state, metrics): scalars `loss`, `kl` (to the reference policy, mean a token), `policy_kl` (to
+    the sampling policy), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`.
   """
   used_M = jnp.arange(batch.segments.shape[0])
   used_M = (used_M >= start) & (used_M < start + count)
@@ -228,7 +273,7 @@ def train_step(
   return state, metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+@_in_place
 def supervised_step(
   cfg: DecoderConfig,
   logprob_chunk: int,
@@ -237,7 +282,8 @@ def supervised_step(
   batch: PackedForest,
   count: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
-  """One update of the warm start: the mean negative log-likelihood a loss token over `count` micro-batches.
+  """One update of the warm start: the mean negative log-likelihood a loss token over `count`
+  micro-batches.
 
   Returns:
     (state, loss before the update).

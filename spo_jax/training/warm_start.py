@@ -1,6 +1,7 @@
 """The supervised warm start: a policy that solves some problems, for RL to begin with.
 
-It stops early on purpose: when sampled accuracy on the validation split reaches a target that leaves RL most of the way.
+It stops early on purpose: when sampled accuracy on the validation split reaches a target that
+leaves RL most of the way.
 """
 
 import json

@@ -13,7 +13,12 @@ from spo_jax.errors import UserError
 from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.mesh import make_mesh
 
-RECORD = {"counters": {"iteration": 3, "elapsed_s": 0.1}, "text": "ρ", "nothing": None, "big": 2**60}
+RECORD = {
+  "counters": {"iteration": 3, "elapsed_s": 0.1},
+  "text": "ρ",
+  "nothing": None,
+  "big": 2**60,
+}
 
 
 def arrays(scale=1.0):
@@ -23,13 +28,14 @@ def arrays(scale=1.0):
   return {
     "params": {"w": jnp.asarray(weights) * scale, "b": jnp.arange(7, dtype=jnp.bfloat16)},
     "step": jnp.int32(5),
-    "moments": (jnp.asarray(weights[:, :4]), jnp.zeros((0, 3))),
+    "moments": (jnp.asarray(weights[:, :4]), jnp.zeros(3)),
   }
 
 
 def bits(tree):
   return [
-    (x.dtype, x.shape, np.ascontiguousarray(x).tobytes()) for x in jax.tree.leaves(jax.device_get(tree))
+    (x.dtype, x.shape, np.ascontiguousarray(x).tobytes())
+    for x in jax.tree.leaves(jax.device_get(tree))
   ]
 
 
@@ -58,13 +64,15 @@ def test_what_is_saved_comes_back_bit_for_bit(folder):
 def test_arrays_come_back_split_as_asked(tmp_path):
   before, after = make_mesh(2, 2, 2), make_mesh(1, 8, 1)
   place = lambda mesh, *spec: NamedSharding(mesh, PartitionSpec(*spec))
-  tree = jax.device_put(arrays()["params"], place(before, ("data", "tensor")[:0]))
+  tree = jax.device_put(arrays()["params"], place(before))
   tree["w"] = jax.device_put(tree["w"], place(before, "fsdp", "tensor"))
   checkpoints = Checkpoints(tmp_path, keep=1)
   checkpoints.save(1, tree, {})
   checkpoints.wait()
   shardings = {"w": place(after, "fsdp", None), "b": place(after)}
-  like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+  like = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )
   for like_of, want in ((tree, {k: v.sharding for k, v in tree.items()}), (like, shardings)):
     restored, _ = checkpoints.restore(1, like_of)
     assert bits(restored) == bits(tree)
@@ -96,16 +104,14 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def test_what_a_killed_process_left_half_written_is_removed(folder):
-  torn = folder / "3.orbax-checkpoint-tmp-0"
+  torn = folder / "3.orbax-checkpoint-tmp"
   shutil.copytree(folder / "2", torn)
   shutil.rmtree(torn / "record")
   checkpoints = Checkpoints(folder, keep=2)
   assert checkpoints.latest() == 2
-  assert not torn.exists()
-  checkpoints.save(3, arrays(), {"step": 3})
-  checkpoints.wait()
-  assert checkpoints.latest() == 3
+  checkpoints.save(4, arrays(), {"step": 4})
   checkpoints.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
 
 
 def restore(folder, like):

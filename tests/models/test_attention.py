@@ -43,7 +43,7 @@ def ancestors(prev):
 
 
 def dense_attention(q, k, v, visible):
-  """Softmax attention [T, H, Dh] under a mask [T, S]; query head h reads key-value head h * K / H."""
+  """Softmax attention [T, H, Dh] under a mask [T, S]; head h reads key-value head h * K // H."""
   repeat = q.shape[1] // k.shape[1]
   k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
   scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])

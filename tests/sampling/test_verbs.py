@@ -76,7 +76,7 @@ def drawn(segments):
 
 
 def sequences(prefix, groups, segments):
-  """(tokens [Q * n, CAPACITY], lengths): what each continuation saw of its prefix, and what it drew."""
+  """(tokens [Q * n, CAPACITY], lengths): what continuations saw of their prefix, and drew."""
   tokens = np.zeros((groups.starts.size, CAPACITY), np.int32)
   lengths = (groups.starts + segments.lengths).reshape(-1)
   for i, (start, drew) in enumerate(zip(groups.starts.flat, np.array(lengths), strict=True)):
@@ -137,12 +137,12 @@ def assert_extends_to_prefill(params, prefix, groups, segments):
 
 def test_logprobs_are_those_of_a_causal_pass(params, prefix, groups, segments):
   """After `prefill`, and after `extend`, from the end of the prefix or from inside it."""
-  assert logprob_gap(params, prefix, groups, segments) < 1e-5
+  assert logprob_gap(params, prefix, groups, segments) < 1e-4
   extended = sampler().extend(prefix, groups, segments, everything(groups))
   lengths = np.maximum(extended.lengths, 1)
   deeper = make_groups(lengths, seed=1)
   assert (deeper.starts < lengths[deeper.row][:, None]).any()
-  assert logprob_gap(params, extended, deeper, decode(params, extended, deeper)) < 1e-5
+  assert logprob_gap(params, extended, deeper, decode(params, extended, deeper)) < 1e-4
 
 
 def test_ends_and_limits(groups, segments):
@@ -204,7 +204,7 @@ def test_an_idle_group_keeps_its_suffix_while_the_ring_turns(params, prefix, pro
   segments = never_ends.decode(params, prefix, groups, max_new_tokens=S, keep_cache=True)
   np.testing.assert_array_equal(segments.lengths, limits)
   assert list(segments.first[:3]) == [0, 0, S - 1]
-  assert logprob_gap(params, prefix, groups, segments) < 1e-5
+  assert logprob_gap(params, prefix, groups, segments) < 1e-4
   assert_extends_to_prefill(params, prefix, groups, segments)
 
 
@@ -223,7 +223,8 @@ def test_two_tokens_follow_the_exact_distribution():
   """Many keys from two states of one prompt, one of them inside it, against enumeration."""
   V, groups, n = 8, 32, 64
   cfg = tiny_config(vocab_size=V)
-  params = tiny_params(cfg, seed=2)
+  params = tiny_params(cfg)
+  params["unembedding"] *= 0.3
   prompt = np.array([[3, 5, 2, 7]], np.int32)
   small = tiny_sampler(cfg, slots=8, temperature=0.7)
   prefix = small.prefill(params, prompt, np.array([4], np.int32))
@@ -245,6 +246,7 @@ def test_two_tokens_follow_the_exact_distribution():
     exact[EOS] = 0
     exact[EOS, 0] = np.exp(logprobs[EOS, start - 1, EOS])
     np.testing.assert_allclose(exact.sum(), 1, rtol=1e-5)
+    assert (exact * groups * n / 2 >= 5).sum() > 40, "too few outcomes to tell"
     counts = np.zeros((V, V))
     np.add.at(counts, (first[starts == start], second[starts == start]), 1)
     assert_drawn_from(counts, exact)

@@ -43,9 +43,7 @@ def test_schedule():
   cosine = [0.05 * (1 + np.cos(np.pi * t / 6)) for t in range(7)]
   np.testing.assert_allclose(rates(8, decay_steps=6), [*cosine, 0], rtol=1e-5, atol=1e-8)
   both = [*warm[:4], *cosine, 0]
-  np.testing.assert_allclose(
-    rates(12, warmup_steps=4, decay_steps=10), both, rtol=1e-5, atol=1e-8
-  )
+  np.testing.assert_allclose(rates(12, warmup_steps=4, decay_steps=10), both, rtol=1e-5, atol=1e-8)
 
 
 def test_no_update_is_of_no_effect():

@@ -4,7 +4,6 @@ import collections
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -336,7 +335,9 @@ def test_nothing_trained_gives_an_empty_batch():
   forest = tree_forest(np.random.default_rng(0), (2, 2), (3, 3))
   nothing = np.zeros(len(forest.parent), bool)
   batch, counts = pack(forest, np.ones(len(nothing)), nothing, PackConfig(16, rows=2, block=8))
-  assert counts == dict.fromkeys(("rows", "micro_batches", "segments", "tokens", "packed_tokens"), 0)
+  assert counts == dict.fromkeys(
+    ("rows", "micro_batches", "segments", "tokens", "packed_tokens"), 0
+  )
   assert batch.tokens.shape == (1, 2, 16)
   assert not batch.loss_mask.any() and batch.segments.tolist() == [0]
 

@@ -14,6 +14,7 @@ from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.step import (
   LossConfig,
   TrainState,
+  compiled_step,
   forest_logprobs,
   init_state,
   prepare,
@@ -212,7 +213,8 @@ def test_metrics_and_kl_are_those_of_the_definitions(params, ref_params):
 def test_a_step_reads_its_range_of_micro_batches_alone(params, ref_params):
   *_, batch, _ = make_batch()
   batch = prepare(MODEL, LOSS, ref_params, batch, jnp.int32(4))
-  compiled = train_step._cache_size()
+  program = compiled_step(train_step, state_of(params, SGD))
+  compiled = program._cache_size()
   middle, metrics = step(params, batch, 1, 2)
   rolled = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), batch)
   first, want = step(params, rolled, 0, 2)
@@ -223,19 +225,20 @@ def test_a_step_reads_its_range_of_micro_batches_alone(params, ref_params):
   assert same(step(params, poisoned, 0, 2)[0], first)
   parts = [step(params, batch, start, 1)[1] for start in range(4)]
   assert sum(float(part["tokens"]) for part in parts) == batch.loss_mask.sum()
-  assert train_step._cache_size() <= compiled + 1
+  assert program._cache_size() <= compiled + 1
 
 
 def test_batches_of_any_number_of_rows_share_one_program(params):
   batches = [make_batch(trees=trees)[-2:] for trees in (4, 1, 2)]
   step(params, batches[0][0], 0, 4, loss_cfg=PLAIN_LOSS)
-  compiled = train_step._cache_size()
+  program = compiled_step(train_step, state_of(params, SGD))
+  compiled = program._cache_size()
   for batch, counts in batches[1:]:
     used = counts["micro_batches"]
     state, metrics = step(params, batch, 0, used, loss_cfg=PLAIN_LOSS)
     assert metrics["tokens"] == counts["tokens"] and not metrics["skipped"]
     assert not same(state.params, params)
-  assert train_step._cache_size() == compiled
+  assert program._cache_size() == compiled
 
 
 def test_nothing_to_train_changes_nothing(params, ref_params):
@@ -297,7 +300,9 @@ def test_bfloat16_activations_keep_float32_parameters_and_moments(params):
 def test_remat_changes_nothing(params):
   *_, batch, _ = make_batch()
   want, want_metrics = step(params, batch, 0, 4, loss_cfg=PLAIN_LOSS)
-  state, metrics = step(params, batch, 0, 4, model=dataclasses.replace(MODEL, remat=True), loss_cfg=PLAIN_LOSS)
+  state, metrics = step(
+    params, batch, 0, 4, model=dataclasses.replace(MODEL, remat=True), loss_cfg=PLAIN_LOSS
+  )
   np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
   np.testing.assert_allclose(metrics["grad_norm"], want_metrics["grad_norm"], rtol=1e-6)
   assert_trees_close(state.params, want.params, 1e-6)
@@ -315,9 +320,7 @@ def test_steps_raise_the_probability_of_good_segments_and_lower_that_of_bad_ones
   batch = batch._replace(old_logprobs=before, advantages=0.01 * jnp.sign(batch.advantages))
   state, losses = state_of(params), []
   for _ in range(8):
-    state, metrics = train_step(
-      MODEL, PLAIN_LOSS, SGD, state, batch, jnp.int32(0), jnp.int32(4)
-    )
+    state, metrics = train_step(MODEL, PLAIN_LOSS, SGD, state, batch, jnp.int32(0), jnp.int32(4))
     losses.append(float(metrics["loss"]))
   assert int(state.step) == 8
   assert losses[-1] < losses[3] < losses[0]
@@ -353,10 +356,10 @@ def test_no_array_holds_the_logits_of_a_whole_row():
   vocab = 1009
   model = dataclasses.replace(MODEL, vocab_size=vocab)
   *_, batch, _ = make_batch(rows=4, room=1)
-  state = jax.eval_shape(lambda: init_state(tiny_params(model), SGD))
+  state = init_state(tiny_params(model), SGD)
 
   def largest(chunk):
-    lowered = train_step.lower(
+    lowered = compiled_step(train_step, state).lower(
       model, loss_config(logprob_chunk=chunk), SGD, state, batch, jnp.int32(0), jnp.int32(1)
     )
     return max(np.prod(shape) for shape in shapes_with(lowered.as_text(), vocab))

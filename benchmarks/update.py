@@ -1,0 +1,253 @@
+"""The packed update against one on (prefix, segment) rows: `python -m benchmarks.update`.
+
+Both take the same optimiser step from one full tree: the packed forest runs every token once, the rows run a prefix again
+for every segment below it. The rows are no straw man: those of one length form a batch without padding, attention is dense
+and causal over so few tokens, and only the segment's own tokens are unembedded. The two steps run in turn, in one process.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from spo_jax.algorithms import losses
+from spo_jax.forest import Forest, ForestBuilder
+from spo_jax.models.decoder import DecoderConfig, forward, init_params, unembedding
+from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from spo_jax.training.packing import PackConfig, pack
+from spo_jax.training.step import LossConfig, TrainState, init_state, train_step
+
+# Adam with a huge epsilon: its first update is the gradient, which is how gradients are compared.
+OPTIMIZER = OptimizerConfig(
+  learning_rate=1e8,
+  warmup_steps=0,
+  decay_steps=0,
+  clip_norm=1e9,
+  weight_decay=0.0,
+  b1=0.9,
+  b2=0.95,
+  eps=1e8,
+)
+
+
+def full_tree(branches: list[int], segment: int, prompt: int, vocab: int) -> Forest:
+  """One tree with random tokens in which every segment has the same length."""
+  rng = np.random.default_rng(0)
+  builder = ForestBuilder()
+  nodes = builder.add_roots(rng.integers(0, vocab, (1, prompt)), np.array([prompt]))
+  for branch in branches:
+    parents = np.repeat(nodes, branch)
+    total = len(parents) * segment
+    nodes = builder.add(
+      parents,
+      rng.integers(0, vocab, total),
+      -np.log(vocab) + 0.1 * rng.standard_normal(total),
+      np.full(len(parents), segment),
+      np.zeros(len(parents), bool),
+      probe=False,
+    )
+  return builder.build()
+
+
+def segment_rows(forest: Forest, advantages: np.ndarray, rows: int):
+  """One row a segment, in batches of one length: a list of (tokens, old log-probs, advantages) [M, B, ...].
+
+  Log-probs [M, B, S] and advantages [M, B] are of the segment, the last S tokens of a row.
+  """
+  buckets = []
+  for depth in range(1, forest.depth.max() + 1):
+    nodes = np.flatnonzero(forest.depth == depth)
+    per_batch = min(rows, len(nodes))
+    while len(nodes) % per_batch:
+      per_batch -= 1
+    prompt = forest.node_tokens(0)
+    tokens = np.stack([np.concatenate([prompt, forest.response(node)]) for node in nodes])
+    old = np.stack([forest.logprobs[slice(*forest.offsets[n : n + 2])] for n in nodes])
+    batched = lambda x: jnp.asarray(x.reshape(-1, per_batch, *x.shape[1:]))  # noqa: B023
+    buckets.append((batched(tokens), batched(old), batched(advantages[nodes])))
+  return buckets
+
+
+def attend_causal(q, k, v, context, cache):
+  """Dense causal attention over whole rows."""
+  del context
+  B, T, H, Dh = q.shape
+  K = k.shape[2]
+  q = q.reshape(B, T, K, H // K, Dh)
+  scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+  mask = jnp.tril(jnp.ones((T, T), bool))
+  weights = jax.nn.softmax(jnp.where(mask, scores * Dh**-0.5, -1e30), axis=-1).astype(v.dtype)
+  return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, H, Dh), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
+def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, state: TrainState, buckets):
+  """The update of `train_step` without a KL term, on (prefix, segment) rows; returns (state, loss)."""
+  count = sum(old.size for _, old, _ in buckets)
+
+  def loss_fn(params, batch):
+    tokens_BxT, old_BxS, advantages_B = batch
+    T, S = tokens_BxT.shape[1], old_BxS.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(T), tokens_BxT.shape)
+    hidden, _ = forward(cfg, attend_causal, params, tokens_BxT, positions)
+    logprobs_BxS = losses.token_logprobs(
+      hidden[:, T - S - 1 : T - 1],
+      unembedding(cfg, params).astype(hidden.dtype),
+      tokens_BxT[:, T - S :],
+      chunk=loss_cfg.logprob_chunk,
+      temperature=loss_cfg.temperature,
+    )
+    sums = losses.ppo_clip(
+      logprobs_BxS,
+      old_BxS,
+      jnp.broadcast_to(advantages_B[:, None], old_BxS.shape),
+      jnp.ones(old_BxS.shape, bool),
+      epsilon_low=loss_cfg.epsilon_low,
+      epsilon_high=loss_cfg.epsilon_high,
+      log_ratio_bound=loss_cfg.log_ratio_bound,
+    )
+    return sums.loss / count
+
+  def add(total, batch):
+    return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(state.params, batch)), None
+
+  total = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+  for bucket in buckets:
+    total, _ = jax.lax.scan(add, total, bucket)
+  loss, grads = total
+  updates, opt_state = make_optimizer(OPTIMIZER).update(grads, state.opt_state, state.params)
+  return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
+
+
+def check_agreement(params, packed, rows) -> float:
+  """Largest difference of the first update, as a share of its largest entry; raises above 1e-4."""
+  (packed_state, packed_loss), (rows_state, rows_loss) = packed, rows
+  np.testing.assert_allclose(packed_loss, rows_loss, rtol=1e-4, atol=1e-7)
+  error = 0.0
+  for old, a, b in zip(
+    *map(jax.tree.leaves, (params, packed_state.params, rows_state.params)), strict=True
+  ):
+    a, b = np.asarray(a - old), np.asarray(b - old)
+    error = max(error, float(np.abs(a - b).max() / np.abs(b).max()))
+  if error > 1e-4:
+    raise AssertionError(f"gradients differ by {error:.1e} of their largest entry")
+  return error
+
+
+def machine() -> str:
+  """The device, in words."""
+  device = jax.devices()[0]
+  return (
+    f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} CPU cores"
+  )
+
+
+def parse_args() -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  add = functools.partial(parser.add_argument, type=int)
+  add("--branches", nargs="+", default=[6, 6, 6], help="children of a node, by depth")
+  add("--segment", default=48, help="tokens of a segment; the prompt has a sixth of it")
+  add("--layers", default=4)
+  add("--width", default=256)
+  add("--vocab", default=1024)
+  add("--block", default=16, help="tokens of an attention block of the packed forest")
+  add("--rows", default=36, help="most (prefix, segment) rows of a micro-batch")
+  add("--repeats", default=5)
+  add("--dtype", type=str, default="float32", help="of activations")
+  return parser.parse_args()
+
+
+def main() -> None:
+  """Checks, measures and prints."""
+  args = parse_args()
+  cfg = DecoderConfig(
+    vocab_size=args.vocab,
+    width=args.width,
+    layers=args.layers,
+    heads=args.width // 32,
+    kv_heads=max(1, args.width // 64),
+    head_dim=32,
+    ffn=8 * args.width // 3 // 8 * 8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    dtype=args.dtype,
+    remat=False,
+  )
+  loss_cfg = LossConfig(
+    temperature=1.0,
+    use_probability_mask=False,
+    probability_threshold=0.9,
+    scaling="none",
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    log_ratio_bound=10.0,
+    ratio_threshold=1e9,
+    kl_coef=0.0,
+    kl_estimator="control_variate",
+    kl_clip_max=10.0,
+    logprob_chunk=512,
+  )
+  forest = full_tree(args.branches, args.segment, max(1, args.segment // 6), args.vocab)
+  advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
+  row_length = -(-len(forest.tokens) // args.block) * args.block
+  packed, _ = pack(
+    forest, advantages, forest.depth > 0, PackConfig(row_length, rows=1, block=args.block)
+  )
+  packed = jax.tree.map(jnp.asarray, packed)
+  rows = segment_rows(forest, advantages, args.rows)
+
+  def packed_step(state):
+    state, metrics = train_step(cfg, loss_cfg, OPTIMIZER, state, packed, jnp.int32(0), jnp.int32(1))
+    return state, metrics["loss"]
+
+  steps = {"packed": packed_step, "rows": lambda state: rows_step(cfg, loss_cfg, state, rows)}
+  params = nn.unbox(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
+  fresh = lambda: init_state(jax.tree.map(jnp.copy, params), OPTIMIZER)
+  error = check_agreement(params, *(step(fresh()) for step in steps.values()))
+
+  seconds = {name: [] for name in steps}
+  for _ in range(args.repeats):
+    for name, step in steps.items():
+      state = jax.block_until_ready(fresh())
+      began = time.perf_counter()
+      jax.block_until_ready(step(state))
+      seconds[name].append(time.perf_counter() - began)
+
+  tokens = {"packed": row_length, "rows": sum(tokens.size for tokens, _, _ in rows)}
+  median = {name: statistics.median(times) for name, times in seconds.items()}
+  ratio = median["rows"] / median["packed"]
+  print(
+    f"{machine()}; {cfg.layers} layers of {cfg.width}, vocabulary {cfg.vocab_size}, {cfg.dtype}"
+  )
+  print(f"tree {args.branches}, segments of {args.segment}; gradients agree to {error:.0e}")
+  print(f"{'update':<8}{'tokens':>10}{'min s':>10}{'median s':>10}{'max s':>10}")
+  for name, times in seconds.items():
+    print(f"{name:<8}{tokens[name]:>10}{min(times):>10.3f}{median[name]:>10.3f}{max(times):>10.3f}")
+  print(f"rows / packed: {ratio:.2f} in time, {tokens['rows'] / tokens['packed']:.2f} in tokens")
+  record = {
+    "benchmark": "update",
+    "machine": machine(),
+    "jax": jax.__version__,
+    **vars(args),
+    "key_blocks": packed.key_blocks.shape[-1],
+    "tokens": tokens,
+    "seconds": {n: [min(t), median[n], max(t)] for n, t in seconds.items()},
+    "ratio": ratio,
+    "gradient_error": error,
+  }
+  print(json.dumps(record))
+
+
+if __name__ == "__main__":
+  main()
