@@ -1,8 +1,9 @@
 """The packed update against one on (prefix, segment) rows: `python -m benchmarks.update`.
 
-Both take the same optimiser step from one full tree: the packed forest runs every token once, the rows run a prefix again
-for every segment below it. The rows are no straw man: those of one length form a batch without padding, attention is dense
-and causal over so few tokens, and only the segment's own tokens are unembedded. The two steps run in turn, in one process.
+Both take the same optimiser step from one full tree: the packed forest runs every token once, the
+rows run a prefix again for every segment below it. The rows are no straw man: those of one length
+form a batch without padding, attention is dense and causal over so few tokens, and only the
+segment's own tokens are unembedded. The two steps run in turn, in one process.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def full_tree(branches: list[int], segment: int, prompt: int, vocab: int) -> For
 
 
 def segment_rows(forest: Forest, advantages: np.ndarray, rows: int):
-  """One row a segment, in batches of one length: a list of (tokens, old log-probs, advantages) [M, B, ...].
+  """One row a segment, in batches of one length: (tokens, old log-probs, advantages) [M, B, ...].
 
   Log-probs [M, B, S] and advantages [M, B] are of the segment, the last S tokens of a row.
   """
@@ -91,7 +92,7 @@ def attend_causal(q, k, v, context, cache):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
 def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, state: TrainState, buckets):
-  """The update of `train_step` without a KL term, on (prefix, segment) rows; returns (state, loss)."""
+  """The update of `train_step` without a KL term, on rows; returns (state, loss)."""
   count = sum(old.size for _, old, _ in buckets)
 
   def loss_fn(params, batch):

@@ -20,14 +20,14 @@ def get_config(variant: str | None = None):
   config = default_config()
   data_variant, max_response_tokens = VARIANTS[parse_variant(variant, VARIANTS, "arithmetic")]
   config.seed = 0
-  config.iterations = 200
+  config.iterations = 260
 
   config.data.name = "arithmetic"
   config.data.variant = data_variant
   config.warm_start.target_accuracy = 0.22  # early on purpose: it leaves RL most of the way
 
   config.rollout.strategy = "group"
-  config.rollout.prompts = 96
+  config.rollout.prompts = 64
   config.rollout.samples = 8
   config.rollout.max_response_tokens = max_response_tokens
   config.rollout.temperature = 1.0
@@ -40,5 +40,7 @@ def get_config(variant: str | None = None):
 
   config.packing.row_length = 416  # a prompt of 40 tokens and 8 responses fit a row
   config.optimizer.learning_rate = 4e-4
+  updates = config.get_ref("iterations") * config.get_ref("minibatches")
+  config.optimizer.decay_steps = updates  # cosine, to 0
   config.optimizer.clip_norm = 1.0
   return config

@@ -23,7 +23,7 @@ def get_config(variant: str | None = None):
   config = default_config()
   data_variant, max_response_tokens = VARIANTS[parse_variant(variant, VARIANTS, "arithmetic")]
   config.seed = 0
-  config.iterations = 200
+  config.iterations = 260
 
   config.data.name = "arithmetic"
   config.data.variant = data_variant
@@ -48,5 +48,7 @@ def get_config(variant: str | None = None):
   config.loss.kl_coef = 1e-4
 
   config.optimizer.learning_rate = 4e-4
+  updates = config.get_ref("iterations") * config.get_ref("minibatches")
+  config.optimizer.decay_steps = updates  # cosine, to 0
   config.optimizer.clip_norm = 1.0
   return config

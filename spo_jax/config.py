@@ -62,7 +62,7 @@ class WarmStartConfig:
 
   max_steps: int = 600
   batch_size: int = 64  # solutions a step
-  eval_every: int = 20  # steps between sampled evaluations
+  eval_every: int = 10  # steps between sampled evaluations
   eval_prompts: int = 256  # of the validation split
   target_accuracy: float = 0.22  # stop when sampled validation accuracy reaches it
 

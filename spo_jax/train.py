@@ -1,6 +1,4 @@
-"""Policy iteration, as in the paper's algorithm box: sample, grade, estimate, pack, update,
-evaluate, checkpoint.
-"""
+"""Policy iteration: sample, grade, estimate, pack, update, evaluate, checkpoint."""
 
 import contextlib
 import dataclasses
@@ -30,9 +28,7 @@ from spo_jax.training.warm_start import warm_start
 
 
 def train(run: Run) -> None:
-  """Trains a policy from the warm start, or from the run's newest checkpoint, to the last
-  iteration.
-  """
+  """Trains from the warm start, or from the run's newest checkpoint, to the last iteration."""
   config = run.config
   iterator = source.make_iterator(
     run.split("train"), batch_size=config.rollout.prompts, seed=config.seed
@@ -51,7 +47,7 @@ def train(run: Run) -> None:
       writer.restore(record["metrics"])
       run.progress.note(f"resumed after iteration {counters.iteration}")
     else:
-      writer.restore(EMPTY_RECORD)
+      writer.clear()
     clock = Clock(counters.elapsed_s)
     if counters.iteration == 0:
       log(run, writer, counters, clock, evaluate(run, state.params, held))
@@ -118,9 +114,7 @@ def sample(
 
 
 def _tree_mean(forest: Forest, rewards: np.ndarray, leaves: np.ndarray) -> float:
-  """Mean over leaves, a leaf weighing as much as the sampler visits it: 1 / branches at each of its
-  ancestors.
-  """
+  """Mean over leaves, each weighing 1 / children at each of its ancestors: V of the prompts."""
   children = np.bincount(forest.parent[(forest.depth > 0) & ~forest.probe], minlength=len(rewards))
   weight = np.ones(len(rewards))
   for node in np.flatnonzero(forest.depth > 0):
@@ -219,12 +213,6 @@ def loss_config(config: Config) -> LossConfig:
     logprob_chunk=config.packing.logprob_chunk,
     **dataclasses.asdict(config.loss),
   )
-
-
-EMPTY_RECORD = {
-  "bytes": 0,
-  "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
-}
 
 
 class Clock:

@@ -19,9 +19,19 @@ from spo_jax.train import train
 from tests import tiny_run
 
 CONTRACT = {
-  "iteration", "train/reward_mean", "train/loss", "train/kl", "train/clip_fraction", "train/grad_norm",
-  "train/segments", "tokens/sampled", "tokens/trained", "time/elapsed_s", "time/rollout_s", "time/update_s",
-}  # fmt: skip
+  "iteration",
+  "train/reward_mean",
+  "train/loss",
+  "train/kl",
+  "train/clip_fraction",
+  "train/grad_norm",
+  "train/segments",
+  "tokens/sampled",
+  "tokens/trained",
+  "time/elapsed_s",
+  "time/rollout_s",
+  "time/update_s",
+}
 
 
 def tiny_config(module, **overrides):

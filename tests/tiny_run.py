@@ -30,9 +30,8 @@ def command(config: str, workdir: pathlib.Path, **overrides) -> list[str]:
   """The command line of a tiny run; a field `a.b` is given as the keyword `a__b`."""
   fields = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
   flags = [f"--config.{name}={value}" for name, value in fields.items()]
-  return [
-    sys.executable, "-m", "spo_jax.main", f"--config=configs/{config}", f"--workdir={workdir}", *flags
-  ]  # fmt: skip
+  program = [sys.executable, "-m", "spo_jax.main"]
+  return [*program, f"--config=configs/{config}", f"--workdir={workdir}", *flags]
 
 
 def environment() -> dict[str, str]:

@@ -152,6 +152,10 @@ class MetricWriter:
       self._events.close()
       self._events = None
 
+  def clear(self) -> None:
+    """Empties the record, for a run that begins, or begins again before its first checkpoint."""
+    self._keep(b"")
+
   def close(self) -> None:
     """Closes the files."""
     self._file.close()

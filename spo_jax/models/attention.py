@@ -43,28 +43,44 @@ def interval_attention(
   chex.assert_shape(until_BxT, (B, T))
   chex.assert_is_divisible(T, N)
   C, G = T // N, H // K
+  S = W * C
   index_BxNxW = jnp.maximum(key_blocks_BxNxW, 0)
   take = jax.vmap(lambda blocks, index: blocks[index])
-  k_BxNxWCxKxDh = take(k_BxTxKxDh.reshape(B, N, C, K, Dh), index_BxNxW).reshape(B, N, W * C, K, Dh)
-  v_BxNxWCxKxDh = take(v_BxTxKxDh.reshape(B, N, C, K, Dh), index_BxNxW).reshape(B, N, W * C, K, Dh)
+
+  def gather(x_BxTxKxDh):
+    x_BxNxSxKxDh = take(x_BxTxKxDh.reshape(B, N, C, K, Dh), index_BxNxW).reshape(B, N, S, K, Dh)
+    return x_BxNxSxKxDh.swapaxes(2, 3)
+
+  k_BxNxKxSxDh, v_BxNxKxSxDh = gather(k_BxTxKxDh), gather(v_BxTxKxDh)
   until_BxNxWxC = take(until_BxT.reshape(B, N, C), index_BxNxW)
-
-  key_BxNxWxC = index_BxNxW[..., None] * C + jnp.arange(C)[None, None, None]
   until_BxNxWxC = jnp.where(key_blocks_BxNxW[..., None] >= 0, until_BxNxWxC, 0)
-  query_NxC = jnp.arange(T).reshape(N, C)[None, :, :, None]
-  key_BxNx1xWC = key_BxNxWxC.reshape(B, N, 1, W * C)
-  visible_BxNxCxWC = (key_BxNx1xWC <= query_NxC) & (
-    query_NxC < until_BxNxWxC.reshape(B, N, 1, W * C)
-  )
+  until_BxNx1xS = until_BxNxWxC.reshape(B, N, 1, S)
+  key_BxNxWxC = index_BxNxW[..., None] * C + jnp.arange(C)[None, None, None]
+  key_BxNx1xS = key_BxNxWxC.reshape(B, N, 1, S)
+  query_1xNxCx1 = jnp.arange(T).reshape(1, N, C, 1)
+  visible_BxNxCxS = (key_BxNx1xS <= query_1xNxCx1) & (query_1xNxCx1 < until_BxNx1xS)
 
-  q_BxNxCxKxGxDh = q_BxTxHxDh.reshape(B, N, C, K, G, Dh)
+  # A matrix of R = G * C queries for each key-value head.
+  R = G * C
+  visible_BxNx1xRxS = jnp.tile(visible_BxNxCxS, (1, 1, G, 1))[:, :, None]
+  q_BxNxKxGxCxDh = q_BxTxHxDh.reshape(B, N, C, K, G, Dh).transpose(0, 1, 3, 4, 2, 5)
+  q_BxNxKxRxDh = q_BxNxKxGxCxDh.reshape(B, N, K, R, Dh)
   scores = jnp.einsum(
-    "bnckgd,bnskd->bnkgcs", q_BxNxCxKxGxDh, k_BxNxWCxKxDh, preferred_element_type=jnp.float32
+    "bnkrd,bnksd->bnkrs", q_BxNxKxRxDh, k_BxNxKxSxDh, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(visible_BxNxCxWC[:, :, None, None], scores * Dh**-0.5, NEG_INF)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v_BxTxKxDh.dtype)
-  mixed = jnp.einsum("bnkgcs,bnskd->bnckgd", weights, v_BxNxWCxKxDh)
-  return mixed.reshape(B, T, H, Dh)
+  scores = jnp.where(visible_BxNx1xRxS, scores * Dh**-0.5, NEG_INF)
+  # Normalised after the product with the values: Dh divisions a query in place of S.
+  peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - peak)
+  mixed_BxNxKxRxDh = jnp.einsum(
+    "bnkrs,bnksd->bnkrd",
+    weights.astype(v_BxTxKxDh.dtype),
+    v_BxNxKxSxDh,
+    preferred_element_type=jnp.float32,
+  )
+  mixed_BxNxKxRxDh = mixed_BxNxKxRxDh / weights.sum(-1, keepdims=True)
+  mixed_BxNxCxKxGxDh = mixed_BxNxKxRxDh.reshape(B, N, K, G, C, Dh).transpose(0, 1, 4, 2, 3, 5)
+  return mixed_BxNxCxKxGxDh.reshape(B, T, H, Dh).astype(v_BxTxKxDh.dtype)
 
 
 class PackedContext(NamedTuple):

@@ -93,7 +93,7 @@ def grow_chain(
     partition: where segments begin.
     cuts_per_group: cuts whose probes are decoded together against one trajectory.
 
-   Returns:
+  Returns:
     The forest: prompts, segments, probes.
   """
   builder = ForestBuilder()
@@ -184,6 +184,8 @@ def _add_paths(builder, roots, tokens, logprobs, mask, cuts, finished) -> np.nda
 def _deal_cuts(cuts: np.ndarray, cuts_per_group: int):
   """Deals the cuts of each trajectory into groups, and the groups into batches of one shape.
 
+  Groups with early cuts come first: their probes are the longest, and late batches end early.
+
   Args:
     cuts: [B, T] bool.
     cuts_per_group: c.
@@ -200,5 +202,7 @@ def _deal_cuts(cuts: np.ndarray, cuts_per_group: int):
   position = np.full((len(row), cuts_per_group), -1, np.int32)
   row[group] = trajectory
   position[group, place] = where
+  early_first = np.argsort(np.where(row >= 0, position[:, 0], cuts.size), kind="stable")
+  row, position = row[early_first], position[early_first]
   shape = (batches, len(cuts))
   yield from zip(row.reshape(shape), position.reshape(*shape, cuts_per_group), strict=True)

@@ -1,4 +1,4 @@
-"""One update is the same on every mesh, parameters are really split, and impossible meshes are refused in words."""
+"""One update is the same on every mesh, parameters are split, impossible meshes are refused."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Small forests, and the oracle that the packed batch is compared with: plain (prefix, segment) rows."""
+"""Small forests, and what the packed batch is compared with: plain (prefix, segment) rows."""
 
 import functools
 
@@ -101,7 +101,7 @@ def path_tokens(forest: Forest, node: int) -> list[int]:
 
 
 def segment_rows(forest, advantages, trained, shape) -> dict[str, np.ndarray]:
-  """One plain right-padded row a trained segment: prompt, ancestors, segment; loss on the segment alone."""
+  """A right-padded row a trained segment: prompt, ancestors, segment; loss on the segment alone."""
   rows = {
     "tokens": np.zeros(shape, np.int32),
     "loss_mask": np.zeros(shape, bool),
@@ -139,7 +139,7 @@ def sequence_logprobs(cfg, params, tokens) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def segment_rows_loss(cfg, params, rows):
-  """Sum of the clipped surrogate (0.2 to both sides) over the rows' loss tokens, and its gradient."""
+  """Sum of the clipped surrogate (ε = 0.2) over the rows' loss tokens, and its gradient."""
 
   def loss(params):
     logprobs = sequence_logprobs(cfg, params, rows["tokens"])

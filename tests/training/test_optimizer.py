@@ -55,7 +55,9 @@ def test_adam_moves_by_the_rate_and_follows_its_equations():
   rng = np.random.default_rng(0)
   gradients = [{"w": jnp.asarray(g, jnp.float32)} for g in rng.standard_normal((4, 3))]
   mean = square = want = np.zeros(3)
-  for i, (gradient, got) in enumerate(zip(gradients, updates(gradients, {"w": jnp.zeros(3)})), 1):
+  for i, (gradient, got) in enumerate(
+    zip(gradients, updates(gradients, {"w": jnp.zeros(3)}), strict=True), 1
+  ):
     g = np.asarray(gradient["w"], np.float64)
     mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g**2
     want = want - 0.1 * (mean / (1 - 0.9**i)) / (np.sqrt(square / (1 - 0.95**i)) + 1e-8)

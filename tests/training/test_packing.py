@@ -1,4 +1,4 @@
-"""The packed forest equals (prefix, segment) rows, and its structure equals a naive reading of the forest."""
+"""The packed forest equals (prefix, segment) rows, and its structure a naive reading."""
 
 import collections
 import functools
@@ -312,7 +312,7 @@ def test_micro_batches_hold_the_rows():
 
 
 def test_more_micro_batches_than_there_is_room_for_come_in_few_shapes():
-  """A root of 24 tokens and 40 leaves of 5: each row of 32 holds a copy of the root and one leaf."""
+  """A root of 24 tokens, 40 leaves of 5: each row of 32 holds a copy of the root and one leaf."""
   forest = tree_forest(np.random.default_rng(0), (40,), (5,), prompts=(24,))
   cfg = with_room(PackConfig(32, rows=1, block=8), len(forest.tokens), 1)
   batch, counts = pack(forest, np.ones(41), own_segments(forest), cfg)

@@ -1,4 +1,4 @@
-"""The optimiser step: exact accumulation, what it skips, what `prepare` adds, and that it learns."""
+"""The optimiser step: exact accumulation, what is skipped, what `prepare` adds, learning."""
 
 import dataclasses
 import re
@@ -91,7 +91,7 @@ def ref_params():
 
 
 def make_batch(*, rows=1, room=4, trees=4, seed=0):
-  """(forest, advantages, trained, batch, counts) of `trees` trees of 29 tokens, each a row of its own."""
+  """(forest, advantages, trained, batch, counts) of trees of 29 tokens, each a row of its own."""
   rng = np.random.default_rng(seed)
   forest = tree_forest(rng, (2, 3), (4, 3), prompts=(3,) * trees)
   advantages = rng.standard_normal(len(forest.parent)).astype(np.float32)
