@@ -38,7 +38,7 @@ def get_config(variant: str | None = None):
   config.loss.epsilon_low = config.loss.epsilon_high = 0.2
   config.loss.kl_coef = 1e-4
 
-  config.packing.row_length = 416  # a prompt of 40 tokens and 8 responses fit a row
+  config.packing.row_length = 416  # a prompt of 40 tokens and 8 responses of 46 fit a row
   config.optimizer.learning_rate = 4e-4
   updates = config.get_ref("iterations") * config.get_ref("minibatches")
   config.optimizer.decay_steps = updates  # cosine, to 0

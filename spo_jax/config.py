@@ -129,10 +129,10 @@ class LossConfig:
 class PackingConfig:
   """The packed batch; see `training/packing.py`."""
 
-  row_length: int = 256  # tokens of a packed row
-  rows: int = 16  # rows of a micro-batch
-  block: int = 32  # tokens of an attention block; divides row_length
-  logprob_chunk: int = 256  # tokens a row that are unembedded at a time
+  row_length: int = 288  # tokens of a packed row
+  rows: int = 8  # rows of a micro-batch
+  block: int = 16  # tokens of an attention block; divides row_length
+  logprob_chunk: int = 288  # tokens a row that are unembedded at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,9 @@ class Config:
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
   warm_start: WarmStartConfig = WarmStartConfig()
-  warm_start_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, warmup_steps=20)
+  warm_start_optimizer: OptimizerConfig = OptimizerConfig(
+    learning_rate=4e-3, warmup_steps=20, b2=0.99
+  )
   rollout: RolloutConfig = RolloutConfig()
   partition: PartitionConfig = PartitionConfig()
   advantage: AdvantageConfig = AdvantageConfig()
@@ -340,9 +342,17 @@ def _check(config: Config) -> None:
   choice(
     "config.loss.kl_estimator",
     config.loss.kl_estimator,
-    ("kl", "abs", "mse", "control_variate", "seq_control_variate"),
+    # "seq_control_variate" sums over a row, and a packed row holds many responses.
+    ("kl", "abs", "mse", "control_variate"),
   )
   choice("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
+  for name in ("optimizer", "warm_start_optimizer"):
+    steps = getattr(config, name)
+    need(
+      steps.decay_steps == 0 or steps.decay_steps > steps.warmup_steps,
+      f"config.{name}.decay_steps {steps.decay_steps} must be 0 or more than warmup_steps "
+      f"{steps.warmup_steps}",
+    )
   rollout, model, packing = config.rollout, config.model, config.packing
   need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   need(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}, it must be in (0, 1]")

@@ -26,6 +26,8 @@ from spo_jax.training.estimate import Estimate, estimate
 from spo_jax.training.step import LossConfig, TrainState, init_state, prepare, train_step
 from spo_jax.training.warm_start import warm_start
 
+NO_TOKENS_WEIGHT = 1e-9  # of an optimiser step without tokens in the metrics' means
+
 
 def train(run: Run) -> None:
   """Trains from the warm start, or from the run's newest checkpoint, to the last iteration."""
@@ -178,7 +180,10 @@ def update(
       steps.append(metrics)
       advance(1)
     steps = jax.device_get(steps)
-  mean = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+  weights = np.maximum([step["tokens"] for step in steps], NO_TOKENS_WEIGHT)
+  mean = {
+    name: float(np.average([step[name] for step in steps], weights=weights)) for name in steps[0]
+  }
   trained = estimated.advantages[estimated.trained]
   return state, {
     **{f"train/{name}": value for name, value in mean.items() if name != "tokens"},

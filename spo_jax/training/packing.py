@@ -100,6 +100,9 @@ def pack(
     "ref_logprobs": np.zeros(flat.shape, np.float32),
   }
   placed = _place(forest, pieces, rows, cfg.row_length)
+  # Dealt out in turn: else the first micro-batches get the large trees, the last what is left.
+  turn, micro_batch = np.divmod(placed["row"], max(micro_batches, 1))
+  placed["row"] = micro_batch * cfg.rows + turn
   lengths = forest.lengths[placed["node"]]
   within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
   spread = lambda name: np.repeat(placed[name], lengths)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.data import source
+from spo_jax.errors import UserError
 from spo_jax.evaluate import accuracy, held_out
 from spo_jax.forest import ForestBuilder
 from spo_jax.infra.checkpoints import Checkpoints
@@ -30,6 +31,9 @@ def pack_solutions(
 
   Returns:
     (batch, micro-batches in use).
+
+  Raises:
+    UserError: if a solution is longer than a response may be.
   """
   builder = ForestBuilder()
   tokens, lengths = source.encode_prompts(
@@ -38,6 +42,11 @@ def pack_solutions(
   roots = builder.add_roots(tokens, lengths)
   solutions = source.encode_solutions(run.tokenizer, [r["solution"] for r in records])
   joined, lengths = np.concatenate(solutions), np.array([len(s) for s in solutions])
+  if lengths.max() > (allowed := run.config.rollout.max_response_tokens):
+    raise UserError(
+      f"a worked solution has {lengths.max()} tokens, more than the {allowed} of "
+      "config.rollout.max_response_tokens: the policy could not repeat it"
+    )
   ended = np.ones(len(roots), bool)
   builder.add(roots, joined, np.zeros(len(joined)), lengths, ended, probe=False)
   forest = builder.build()
@@ -66,7 +75,7 @@ def warm_start(run: Run) -> Any:
     rows=rows.rows,
     block=rows.block,
     key_blocks=packing.key_blocks_bound(
-      [config.rollout.max_prompt_tokens, rows.row_length - config.rollout.max_prompt_tokens],
+      [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens],
       rows.block,
       rows.row_length,
     ),

@@ -308,7 +308,7 @@ def test_micro_batches_hold_the_rows():
   batch, counts = packed_paths([64] * 9, PackConfig(64, rows=4, block=8, min_micro_batches=5))
   assert (counts["micro_batches"], batch.tokens.shape) == (3, (5, 4, 64))
   assert not batch.loss_mask[3:].any()
-  assert batch.segments.tolist() == [4, 4, 1, 0, 0]
+  assert batch.segments.tolist() == [3, 3, 3, 0, 0]
 
 
 def test_more_micro_batches_than_there_is_room_for_come_in_few_shapes():
