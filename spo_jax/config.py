@@ -64,7 +64,7 @@ class WarmStartConfig:
   batch_size: int = 64  # solutions a step
   eval_every: int = 10  # steps between sampled evaluations
   eval_prompts: int = 256  # of the validation split
-  target_accuracy: float = 0.22  # stop when sampled validation accuracy reaches it
+  target_accuracy: float = 0.24  # stop when sampled validation accuracy reaches it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class EvalConfig:
   """Accuracy during training."""
 
   split: str = "test"
-  every: int = 20  # iterations; the first and the last policy are evaluated in any case
+  every: int = 30  # iterations; the first and the last policy are evaluated in any case
   prompts: int = 512
 
 
