@@ -4,8 +4,7 @@ Trajectories are cut before every k-th token that the policy gave a probability 
 mean reward of probe rollouts from there; A(segment) = V(end) - V(start); the loss sees those
 unlikely tokens alone.
 
-Needs nothing but a CPU. `benchmarks/RESULTS.md` tells what it reaches, and how the learning rate
-was chosen.
+Needs nothing but a CPU. `benchmarks/RESULTS.md` tells what it reaches.
 
   python -m spo_jax.main --config=configs/spo_chain.py --workdir=runs/spo_chain
 
@@ -47,7 +46,7 @@ def get_config(variant: str | None = None):
   config.loss.epsilon_low = config.loss.epsilon_high = 0.2
   config.loss.kl_coef = 1e-4
 
-  config.optimizer.learning_rate = 4e-4
+  config.optimizer.learning_rate = 2e-4
   updates = config.get_ref("iterations") * config.get_ref("minibatches")
   config.optimizer.decay_steps = updates  # cosine, to 0
   config.optimizer.clip_norm = 1.0
