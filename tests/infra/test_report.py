@@ -336,7 +336,8 @@ def test_size_is_bounded(tmp_path):
 
 @pytest.mark.parametrize("rows", [None, [], [{"iteration": 0}], metric_rows(0), metric_rows(1)])
 def test_early_run(tmp_path, rows):
-  read_page(write_workdir(tmp_path / "run", rows, warm=False, config=None))
+  text, page = read_page(write_workdir(tmp_path / "run", rows, warm=False, config=None))
+  assert "How to read this page" in text and not seen_texts(page)
 
 
 def test_nulls_and_missing_keys(tmp_path):
