@@ -29,7 +29,7 @@ def run(config: str, workdir: pathlib.Path, fields: dict[str, object]) -> None:
   flags = [f"--config.{name}={value}" for name, value in fields.items()]
   command = [sys.executable, "-m", "spo_jax.main", f"--config={config}", f"--workdir={workdir}"]
   if not (workdir / "report.html").exists():
-    with open(workdir.with_suffix(".log"), "a") as log:
+    with open(workdir.with_name(workdir.name + ".log"), "a") as log:
       subprocess.run([*command, *flags], check=True, stdout=log, stderr=log)
 
 

@@ -3,7 +3,8 @@
 Both take the same optimiser step from one full tree: the packed forest runs every token once, the
 rows run a prefix again for every segment below it. The rows are no straw man: those of one length
 form a batch without padding, attention is dense and causal over so few tokens, and only the
-segment's own tokens are unembedded. The two steps run in turn, in one process.
+segment's own tokens are unembedded. Micro-batches of both hold as many tokens: on a CPU large ones
+are slow for either. The two steps run in turn, in one process.
 """
 
 import argparse
@@ -60,19 +61,21 @@ def full_tree(branches: list[int], segment: int, prompt: int, vocab: int) -> For
   return builder.build()
 
 
-def segment_rows(forest: Forest, advantages: np.ndarray, rows: int):
+def segment_rows(forest: Forest, advantages: np.ndarray, most_tokens: int):
   """One row a segment, in batches of one length: (tokens, old log-probs, advantages) [M, B, ...].
+
+  A batch has at most `most_tokens` tokens, and at least one row.
 
   Log-probs [M, B, S] and advantages [M, B] are of the segment, the last S tokens of a row.
   """
   buckets = []
   for depth in range(1, forest.depth.max() + 1):
     nodes = np.flatnonzero(forest.depth == depth)
-    per_batch = min(rows, len(nodes))
-    while len(nodes) % per_batch:
-      per_batch -= 1
     prompt = forest.node_tokens(0)
     tokens = np.stack([np.concatenate([prompt, forest.response(node)]) for node in nodes])
+    per_batch = max(1, min(most_tokens // tokens.shape[1], len(nodes)))
+    while len(nodes) % per_batch:
+      per_batch -= 1
     old = np.stack([forest.logprobs[slice(*forest.offsets[n : n + 2])] for n in nodes])
     batched = lambda x: jnp.asarray(x.reshape(-1, per_batch, *x.shape[1:]))  # noqa: B023
     buckets.append((batched(tokens), batched(old), batched(advantages[nodes])))
@@ -162,8 +165,9 @@ def parse_args() -> argparse.Namespace:
   add("--layers", default=4)
   add("--width", default=256)
   add("--vocab", default=1024)
-  add("--block", default=16, help="tokens of an attention block of the packed forest")
-  add("--rows", default=36, help="most (prefix, segment) rows of a micro-batch")
+  add("--query-block", default=64, help="queries of an attention block of the packed forest")
+  add("--key-block", default=16, help="keys of one")
+  add("--micro-batch", default=2080, help="most tokens of a micro-batch, of either form")
   add("--repeats", default=5)
   add("--dtype", type=str, default="float32", help="of activations")
   return parser.parse_args()
@@ -202,15 +206,17 @@ def main() -> None:
   )
   forest = full_tree(args.branches, args.segment, max(1, args.segment // 6), args.vocab)
   advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
-  row_length = -(-len(forest.tokens) // args.block) * args.block
-  packed, _ = pack(
-    forest, advantages, forest.depth > 0, PackConfig(row_length, rows=1, block=args.block)
-  )
+  blocks = -(-min(args.micro_batch, len(forest.tokens)) // args.query_block)
+  row_length = blocks * args.query_block
+  shape = PackConfig(row_length, 1, args.query_block, args.key_block)
+  packed, counts = pack(forest, advantages, forest.depth > 0, shape)
   packed = jax.tree.map(jnp.asarray, packed)
-  rows = segment_rows(forest, advantages, args.rows)
+  rows = segment_rows(forest, advantages, args.micro_batch)
+
+  span = jnp.int32(0), jnp.int32(counts["micro_batches"])
 
   def packed_step(state):
-    state, metrics = train_step(cfg, loss_cfg, OPTIMIZER, state, packed, jnp.int32(0), jnp.int32(1))
+    state, metrics = train_step(cfg, loss_cfg, OPTIMIZER, state, packed, *span)
     return state, metrics["loss"]
 
   steps = {"packed": packed_step, "rows": lambda state: rows_step(cfg, loss_cfg, state, rows)}
@@ -227,7 +233,10 @@ def main() -> None:
       seconds[name].append(time.perf_counter() - began)
       cpu_seconds[name].append(time.process_time() - cpu_began)
 
-  tokens = {"packed": row_length, "rows": sum(tokens.size for tokens, _, _ in rows)}
+  tokens = {
+    "packed": counts["micro_batches"] * row_length,
+    "rows": sum(tokens.size for tokens, _, _ in rows),
+  }
   median = {name: statistics.median(times) for name, times in seconds.items()}
   ratio = median["rows"] / median["packed"]
   # Of all cores; on a CPU that other processes share, steadier than the clock.

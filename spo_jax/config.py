@@ -131,7 +131,8 @@ class PackingConfig:
 
   row_length: int = 288  # tokens of a packed row
   rows: int = 8  # rows of a micro-batch
-  block: int = 16  # tokens of an attention block; divides row_length
+  query_block: int = 32  # queries of an attention block; divides row_length
+  key_block: int = 16  # keys of an attention block; divides query_block
   logprob_chunk: int = 288  # tokens a row that are unembedded at a time
 
 
@@ -312,7 +313,8 @@ def _check(config: Config) -> None:
     "partition.length": config.partition.length,
     "minibatches": config.minibatches,
     "packing.rows": config.packing.rows,
-    "packing.block": config.packing.block,
+    "packing.query_block": config.packing.query_block,
+    "packing.key_block": config.packing.key_block,
     "packing.logprob_chunk": config.packing.logprob_chunk,
     "eval.every": config.eval.every,
     "eval.prompts": config.eval.prompts,
@@ -368,10 +370,10 @@ def _check(config: Config) -> None:
     f"config.model: heads {model.heads} must be a multiple of kv_heads {model.kv_heads}",
   )
   need(model.head_dim % 2 == 0, f"config.model.head_dim {model.head_dim} must be even (RoPE)")
-  need(
-    packing.row_length % packing.block == 0,
-    f"config.packing.row_length {packing.row_length} must be a multiple of block {packing.block}",
-  )
+  blocks = (("row_length", "query_block"), ("query_block", "key_block"))
+  for name, divisor in blocks:
+    a, b = getattr(packing, name), getattr(packing, divisor)
+    need(a % b == 0, f"config.packing.{name} {a} must be a multiple of {divisor} {b}")
   path = sum(config.longest_segments)
   need(
     packing.row_length >= path,

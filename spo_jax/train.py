@@ -201,13 +201,10 @@ def update(
 def pack_config(config: Config) -> packing.PackConfig:
   """The shape of the packed batch, fixed for the whole run."""
   rows = config.packing
-  shape = packing.PackConfig(
-    row_length=rows.row_length,
-    rows=rows.rows,
-    block=rows.block,
-    key_blocks=packing.key_blocks_bound(list(config.longest_segments), rows.block, rows.row_length),
+  shape = packing.PackConfig(rows.row_length, rows.rows, rows.query_block, rows.key_block)
+  return packing.with_room(
+    shape, config.longest_segments, config.longest_tree, config.rollout.prompts
   )
-  return packing.with_room(shape, config.longest_tree, config.rollout.prompts)
 
 
 def loss_config(config: Config) -> LossConfig:

@@ -10,6 +10,8 @@ from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
+from spo_jax.training.optimizer import OptimizerConfig
+from spo_jax.training.step import LossConfig
 
 EOS = 1
 PAD = 0
@@ -33,6 +35,44 @@ def tiny_config(**overrides) -> DecoderConfig:
     "remat": False,
   }
   return DecoderConfig(**(fields | overrides))
+
+
+def loss_config(**overrides) -> LossConfig:
+  """SPO's loss, with weights that make each of its terms matter."""
+  fields = {
+    "temperature": 1.0,
+    "use_probability_mask": True,
+    "probability_threshold": 0.03,
+    "scaling": "whiten",
+    "epsilon_low": 0.2,
+    "epsilon_high": 0.2,
+    "log_ratio_bound": 20.0,
+    "ratio_threshold": 10.0,
+    "kl_coef": 0.5,
+    "kl_estimator": "control_variate",
+    "kl_clip_max": 10.0,
+    "logprob_chunk": 12,
+  }
+  return LossConfig(**(fields | overrides))
+
+
+def optimizer_config(**overrides) -> OptimizerConfig:
+  """A constant rate, clipping at norm 1."""
+  fields = {
+    "learning_rate": 3e-3,
+    "warmup_steps": 0,
+    "decay_steps": 0,
+    "clip_norm": 1.0,
+    "weight_decay": 0.0,
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+  }
+  return OptimizerConfig(**(fields | overrides))
+
+
+# Adam with a huge epsilon: the first update is the gradient itself.
+SGD = optimizer_config(learning_rate=1e8, clip_norm=1e9, eps=1e8, b1=0.0)
 
 
 def tiny_params(cfg: DecoderConfig, seed: int = 0):

@@ -5,7 +5,6 @@ segment, and a segment with an unknown value at either end tells nothing: both g
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import chex
@@ -122,35 +121,3 @@ def nonzero(advantages: jax.Array, *, tolerance: float) -> jax.Array:
     [N] bool.
   """
   return jnp.abs(advantages) > tolerance
-
-
-def token_advantages(node_advantages: jax.Array, node_of_token: jax.Array) -> jax.Array:
-  """Gives every token the advantage of its segment.
-
-  Args:
-    node_advantages: [N] float.
-    node_of_token: [B, T] int32, the node whose segment holds the token; -1 for none.
-
-  Returns:
-    [B, T] float, 0 at tokens of no segment.
-  """
-  chex.assert_rank([node_advantages, node_of_token], [1, 2])
-  return jnp.where(node_of_token >= 0, node_advantages[node_of_token], 0)
-
-
-def zero_likely(advantages: jax.Array, old_logprobs: jax.Array, *, threshold: float) -> jax.Array:
-  """A = 0 where p > ρ: the reference's chain does this before whitening.
-
-  The probability mask takes the same tokens out of the loss, so this matters to the statistics
-  and metrics that are taken without it. A token with p = ρ is neither zeroed nor in that mask.
-
-  Args:
-    advantages: [B, T] float.
-    old_logprobs: [B, T] float, log-probabilities under the behaviour policy.
-    threshold: ρ > 0, a Python float.
-
-  Returns:
-    [B, T] float.
-  """
-  chex.assert_equal_shape([advantages, old_logprobs])
-  return jnp.where(old_logprobs > math.log(threshold), 0, advantages)

@@ -147,7 +147,7 @@ def token_logprobs(
     hidden: [B, T, D] float, the state that predicts the target at the same index.
     unembed: [D, V] float.
     targets: [B, T] int32 in [0, V); mask what has no target afterwards.
-    chunk: tokens of a row that are unembedded at a time; T need not be a multiple.
+    chunk: most tokens of a row that are unembedded at a time; T is cut into chunks of one size.
     temperature: that of sampling, so that these are the behaviour policy's log-probabilities.
 
   Returns:
@@ -169,8 +169,9 @@ def token_logprobs(
   def split(x: jax.Array) -> jax.Array:
     rows, length, *rest = x.shape
     num_chunks = -(-length // chunk)
-    padding = [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * len(rest)
-    return jnp.pad(x, padding).reshape(rows, num_chunks, chunk, *rest).swapaxes(0, 1)
+    size = -(-length // num_chunks)
+    padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * len(rest)
+    return jnp.pad(x, padding).reshape(rows, num_chunks, size, *rest).swapaxes(0, 1)
 
   # A scan cannot be merged with its own recomputation, so the barrier against it is not needed.
   remat = jax.checkpoint(chunk_logprobs, prevent_cse=False)

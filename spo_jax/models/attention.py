@@ -16,23 +16,24 @@ def interval_attention(
   q_BxTxHxDh: jax.Array,
   k_BxTxKxDh: jax.Array,
   v_BxTxKxDh: jax.Array,
-  until_BxT: jax.Array,
+  until_BxJxL: jax.Array,
   key_blocks_BxNxW: jax.Array,
 ) -> jax.Array:
   """Attention in which query i sees key j iff j <= i < until[j], computed on visible blocks only.
 
   A row is a forest written depth first (`training/packing.py`), so this one integer a key is
   exactly "the key is an ancestor of the query, or an earlier token of its segment". The row is cut
-  into N blocks of C = T / N tokens, and each query block is multiplied with the W key blocks listed
-  for it: cost T * W * C, not T * T.
+  into N blocks of C = T / N queries and J blocks of L = T / J keys, and each block of queries is
+  multiplied with the W blocks of keys listed for it: cost T * W * L, not T * T. Neighbours in a
+  tree share most of their ancestors, so C may be several times L: keys are gathered once for all C
+  queries, and short blocks of keys leave out what none of them sees.
 
   Args:
     q_BxTxHxDh: queries; H a multiple of K.
     k_BxTxKxDh: keys.
     v_BxTxKxDh: values.
-    until_BxT: [B, T] int32, first row index past the subtree that hangs off the token.
-    key_blocks_BxNxW: [B, N, W] int32, indices of the key blocks that query block n may see; -1
-      pads.
+    until_BxJxL: [B, J, L] int32, first row index past the subtree that hangs off the token.
+    key_blocks_BxNxW: [B, N, W] int32, the key blocks that query block n may see; -1 pads.
 
   Returns:
     [B, T, H, Dh], dtype of v.
@@ -40,23 +41,24 @@ def interval_attention(
   B, T, H, Dh = q_BxTxHxDh.shape
   K = k_BxTxKxDh.shape[2]
   N, W = key_blocks_BxNxW.shape[1:]
-  chex.assert_shape(until_BxT, (B, T))
+  J, L = until_BxJxL.shape[1:]
+  chex.assert_shape(until_BxJxL, (B, J, T // J))
+  chex.assert_is_divisible(T, J)
   chex.assert_is_divisible(T, N)
   C, G = T // N, H // K
-  S = W * C
+  S = W * L
   index_BxNxW = jnp.maximum(key_blocks_BxNxW, 0)
   take = jax.vmap(lambda blocks, index: blocks[index])
 
   def gather(x_BxTxKxDh):
-    x_BxNxSxKxDh = take(x_BxTxKxDh.reshape(B, N, C, K, Dh), index_BxNxW).reshape(B, N, S, K, Dh)
+    x_BxNxSxKxDh = take(x_BxTxKxDh.reshape(B, J, L, K, Dh), index_BxNxW).reshape(B, N, S, K, Dh)
     return x_BxNxSxKxDh.swapaxes(2, 3)
 
   k_BxNxKxSxDh, v_BxNxKxSxDh = gather(k_BxTxKxDh), gather(v_BxTxKxDh)
-  until_BxNxWxC = take(until_BxT.reshape(B, N, C), index_BxNxW)
-  until_BxNxWxC = jnp.where(key_blocks_BxNxW[..., None] >= 0, until_BxNxWxC, 0)
-  until_BxNx1xS = until_BxNxWxC.reshape(B, N, 1, S)
-  key_BxNxWxC = index_BxNxW[..., None] * C + jnp.arange(C)[None, None, None]
-  key_BxNx1xS = key_BxNxWxC.reshape(B, N, 1, S)
+  listed_BxNxWx1 = key_blocks_BxNxW[..., None] >= 0
+  until_BxNx1xS = jnp.where(listed_BxNxWx1, take(until_BxJxL, index_BxNxW), 0).reshape(B, N, 1, S)
+  key_BxNxWxL = index_BxNxW[..., None] * L + jnp.arange(L)[None, None, None]
+  key_BxNx1xS = key_BxNxWxL.reshape(B, N, 1, S)
   query_1xNxCx1 = jnp.arange(T).reshape(1, N, C, 1)
   visible_BxNxCxS = (key_BxNx1xS <= query_1xNxCx1) & (query_1xNxCx1 < until_BxNx1xS)
 
@@ -86,7 +88,7 @@ def interval_attention(
 class PackedContext(NamedTuple):
   """What `attend_packed` needs of a batch of packed forests."""
 
-  until: jax.Array  # [B, T] int32
+  until: jax.Array  # [B, J, L] int32
   key_blocks: jax.Array  # [B, N, W] int32
 
 
@@ -99,7 +101,7 @@ def attend_prefill(q, k, v, context, cache):
   """Prefill: plain causal attention; the cache is (keys, values) [B, K, T, Dh], head-major."""
   del context, cache
   B, T = k.shape[:2]
-  until = jnp.full((B, T), T, jnp.int32)
+  until = jnp.full((B, 1, T), T, jnp.int32)
   mixed = interval_attention(q, k, v, until, jnp.zeros((B, 1, 1), jnp.int32))
   return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 

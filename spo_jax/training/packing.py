@@ -5,11 +5,12 @@ model once. Two integers a token carry the structure: `prev`, the row index of t
 continues, and `until`, the first row index past the subtree that hangs off it. Query q may attend
 key k iff k <= q < until[k].
 
-M micro-batches, B rows a micro-batch, T tokens a row, N blocks a row, W visible key blocks of a
-query block.
+M micro-batches, B rows a micro-batch, T tokens a row, N query blocks a row, J key blocks of L
+tokens a row, W key blocks that a query block may see.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +20,12 @@ from spo_jax.forest import Forest
 
 
 class PackedForest(NamedTuple):
-  """A batch of packed rows; [M, B, T] arrays, micro-batches leading."""
+  """A batch of packed rows; [M, B, T] arrays but for `until`, in key blocks, and the last two."""
 
   tokens: np.ndarray  # int32
   positions: np.ndarray  # int32, distance from the root of the token's tree
   prev: np.ndarray  # int32, row index of the token that this one continues; -1 at roots and padding
-  until: np.ndarray  # int32, first row index past the subtree that hangs off the token
+  until: np.ndarray  # [M, B, J, L] int32, first row index past the subtree that hangs off the token
   loss_mask: np.ndarray  # bool, tokens of trained segments
   advantages: np.ndarray  # float32, of the token's segment
   old_logprobs: np.ndarray  # float32, under the sampling policy
@@ -39,15 +40,16 @@ class PackConfig:
 
   row_length: int  # T
   rows: int  # B
-  block: int  # T / N, tokens of an attention block
+  query_block: int  # T / N, queries of an attention block
+  key_block: int  # L, keys of an attention block
   key_blocks: int = 0  # W; 0 takes what the batch needs
   min_micro_batches: int = 1  # M, so that its shape need not change; doubled until the batch fits
 
   def __post_init__(self):
-    if self.row_length % self.block:
-      raise UserError(
-        f"row_length {self.row_length} must be a multiple of the attention block {self.block}"
-      )
+    for whole, part in (("row_length", "query_block"), ("query_block", "key_block")):
+      a, b = getattr(self, whole), getattr(self, part)
+      if a % b:
+        raise UserError(f"{whole} {a} must be a multiple of {part} {b}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,10 @@ def pack(
   batch["old_logprobs"][target] = forest.logprobs[source]
 
   batch = {name: array.reshape(shape) for name, array in batch.items()}
-  batch["key_blocks"] = visible_blocks(batch["until"], cfg.block, cfg.key_blocks)
+  batch["key_blocks"] = visible_blocks(
+    batch["until"], cfg.query_block, cfg.key_block, cfg.key_blocks
+  )
+  batch["until"] = batch["until"].reshape(shape[0], -1, cfg.key_block)
   batch = {name: x.reshape(-1, cfg.rows, *x.shape[1:]) for name, x in batch.items()}
   own = trained[placed["node"]] & ~placed["context"]
   batch["segments"] = np.bincount(
@@ -134,28 +139,32 @@ def pack(
   return PackedForest(**batch), counts
 
 
-def visible_blocks(until_RxT: np.ndarray, block: int, width: int) -> np.ndarray:
+def visible_blocks(
+  until_RxT: np.ndarray, query_block: int, key_block: int, width: int
+) -> np.ndarray:
   """The key blocks that each query block may see, ascending.
 
-  Key block j is visible to query block i >= j iff j == i or some key of j reaches into i:
-  max(until[j]) > i * block.
+  A key block is visible to a query block if it lies in it, or if it lies before it and one of its
+  keys reaches into it: max(until of the keys) > first query.
 
   Args:
     until_RxT: [R, T] int32.
-    block: tokens of a block.
+    query_block: T / N, queries of a block.
+    key_block: T / J, keys of a block; divides query_block.
     width: W; 0 takes the most that any query block sees.
 
   Returns:
-    [R, T / block, W] int32; -1 pads.
+    [R, N, W] int32; -1 pads.
 
   Raises:
     UserError: if a query block sees more than `width` key blocks.
   """
   R, T = until_RxT.shape
-  N = T // block
-  reach_RxN = until_RxT.reshape(R, N, block).max(-1)
-  query, key = np.arange(N)[:, None], np.arange(N)[None]
-  visible = (key <= query) & ((reach_RxN[:, None, :] > query * block) | (key == query))
+  reach_Rx1xJ = until_RxT.reshape(R, 1, -1, key_block).max(-1)
+  query_Nx1 = np.arange(0, T, query_block)[:, None]
+  key_1xJ = np.arange(0, T, key_block)[None]
+  inside = (key_1xJ >= query_Nx1) & (key_1xJ < query_Nx1 + query_block)
+  visible = inside | ((key_1xJ < query_Nx1) & (reach_Rx1xJ > query_Nx1))
   needed = int(visible.sum(-1).max(initial=1))
   width = width or needed
   if needed > width:
@@ -166,21 +175,26 @@ def visible_blocks(until_RxT: np.ndarray, block: int, width: int) -> np.ndarray:
   return np.pad(table, ((0, 0), (0, 0), (0, width - table.shape[-1])), constant_values=-1)
 
 
-def key_blocks_bound(path_lengths: list[int], block: int, row_length: int) -> int:
+def key_blocks_bound(
+  path_lengths: Sequence[int], query_block: int, key_block: int, row_length: int
+) -> int:
   """Most key blocks that a query block can see in a packed row of trees with these longest
   segments, root first.
 
-  What a block of queries sees, apart from itself, are the ancestors of its first token: whatever
-  begins later lies inside the block. A segment of s tokens touches at most ceil((s - 1) / block) +
-  1 blocks.
+  What a block of queries sees, apart from its own tokens, are the ancestors of its first token:
+  whatever begins later lies inside the block. A segment of s tokens touches at most
+  ceil((s - 1) / key_block) + 1 key blocks.
   """
-  touched = sum(-(-(length - 1) // block) + 1 for length in path_lengths)
-  return min(row_length // block, 1 + touched)
+  touched = sum(-(-(length - 1) // key_block) + 1 for length in path_lengths)
+  return min(row_length // key_block, query_block // key_block + touched)
 
 
-def with_room(cfg: PackConfig, tree_tokens: int, trees: int) -> PackConfig:
-  """Sets `min_micro_batches` to what `trees` trees of at most `tree_tokens` tokens can need, so
-  that M never changes.
+def with_room(
+  cfg: PackConfig, path_lengths: Sequence[int], tree_tokens: int, trees: int
+) -> PackConfig:
+  """Sets `key_blocks` and `min_micro_batches` to what `trees` trees of at most `tree_tokens`
+  tokens, with these longest segments from root to leaf, can need: so the shape of a batch never
+  changes.
 
   With n of the largest trees to a row, rows hold at least n trees each but for the last; best fit
   also leaves at most one row less than half full. A tree longer than a row is cut into pieces,
@@ -190,7 +204,8 @@ def with_room(cfg: PackConfig, tree_tokens: int, trees: int) -> PackConfig:
   in_row = cfg.row_length // tree_tokens
   half_full = -(-2 * trees * tree_tokens // cfg.row_length) + 1
   rows = min(-(-trees // in_row), half_full) if in_row else 2 * half_full
-  return dataclasses.replace(cfg, min_micro_batches=-(-rows // cfg.rows))
+  key_blocks = key_blocks_bound(path_lengths, cfg.query_block, cfg.key_block, cfg.row_length)
+  return dataclasses.replace(cfg, key_blocks=key_blocks, min_micro_batches=-(-rows // cfg.rows))
 
 
 def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> list[_Piece]:

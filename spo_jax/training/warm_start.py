@@ -70,18 +70,9 @@ def warm_start(run: Run) -> Any:
     state, record = checkpoints.restore(latest, state)
     iterator.set_state(record["iterator"])
   rows = config.packing
-  paths = packing.PackConfig(
-    row_length=rows.row_length,
-    rows=rows.rows,
-    block=rows.block,
-    key_blocks=packing.key_blocks_bound(
-      [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens],
-      rows.block,
-      rows.row_length,
-    ),
-  )
-  longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-  paths = packing.with_room(paths, longest, cfg.batch_size)
+  paths = packing.PackConfig(rows.row_length, rows.rows, rows.query_block, rows.key_block)
+  longest = [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens]
+  paths = packing.with_room(paths, longest, sum(longest), cfg.batch_size)
   with run.progress.bar("warm start", total=cfg.max_steps) as advance:
     advance(record["step"])
     while not record["done"]:

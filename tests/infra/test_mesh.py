@@ -13,45 +13,20 @@ from spo_jax.config import Config, MeshConfig, check_mesh
 from spo_jax.errors import UserError
 from spo_jax.infra import mesh as meshes
 from spo_jax.models.decoder import init_params
-from spo_jax.training.optimizer import OptimizerConfig
 from spo_jax.training.packing import PackConfig, pack
-from spo_jax.training.step import LossConfig, init_state, prepare, train_step
-from tests.tiny import shard_params, tiny_config, tiny_params
+from spo_jax.training.step import init_state, prepare, train_step
+from tests.tiny import SGD, loss_config, shard_params, tiny_config, tiny_params
 from tests.training.forests import assert_trees_close, own_segments, tree_forest
 
 MODEL = tiny_config(layers=1)
-LOSS = LossConfig(
-  temperature=1.0,
-  use_probability_mask=True,
-  probability_threshold=0.04,
-  scaling="whiten",
-  epsilon_low=0.2,
-  epsilon_high=0.2,
-  log_ratio_bound=20.0,
-  ratio_threshold=1e9,
-  kl_coef=0.5,
-  kl_estimator="control_variate",
-  kl_clip_max=10.0,
-  logprob_chunk=16,
-)
-# Adam with a huge epsilon: the first update is the gradient itself.
-SGD = OptimizerConfig(
-  learning_rate=1e8,
-  warmup_steps=0,
-  decay_steps=0,
-  clip_norm=1e9,
-  weight_decay=0.0,
-  b1=0.9,
-  b2=0.95,
-  eps=1e8,
-)
+LOSS = loss_config(probability_threshold=0.04, ratio_threshold=1e9, logprob_chunk=16)
 
 
 def one_update(data, fsdp, tensor):
   """(state, metrics) after one update on a mesh."""
   rng = np.random.default_rng(0)
   forest = tree_forest(rng, (2, 2), (3, 3), prompts=(3, 2) * 5)
-  cfg = PackConfig(32, rows=8, block=8, key_blocks=4, min_micro_batches=2)
+  cfg = PackConfig(32, rows=8, query_block=16, key_block=8, key_blocks=4, min_micro_batches=2)
   advantages = rng.standard_normal(len(forest.parent)).astype(np.float32)
   packed, counts = pack(forest, advantages, own_segments(forest), cfg)
   assert counts["micro_batches"] == 2

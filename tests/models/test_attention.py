@@ -79,11 +79,18 @@ def test_forests_branch_and_have_padding(forests):
   assert (until[:, -1] == T).all() and (until > np.arange(T)).all()
 
 
-@pytest.mark.parametrize("block, width", [(24, 0), (8, 0), (3, 8)])
-def test_interval_attention_is_attention_to_ancestors(forests, qkv, block, width):
+def in_blocks(until, queries, keys, width):
+  """What `interval_attention` takes besides q, k and v."""
+  return until.reshape(len(until), -1, keys), visible_blocks(until, queries, keys, width)
+
+
+@pytest.mark.parametrize(
+  "queries, keys, width", [(24, 24, 0), (8, 8, 0), (12, 4, 0), (24, 3, 0), (3, 3, 8)]
+)
+def test_interval_attention_is_attention_to_ancestors(forests, qkv, queries, keys, width):
   prev, until = forests
   visible = np.stack([ancestors(row) for row in prev])
-  got = value_and_grads(interval_attention, qkv, until, visible_blocks(until, block, width))
+  got = value_and_grads(interval_attention, qkv, *in_blocks(until, queries, keys, width))
   want = value_and_grads(jax.vmap(dense_attention), qkv, visible)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), got, want)
 
@@ -93,8 +100,8 @@ def test_fully_masked_queries_are_finite(qkv):
   until = np.zeros((3, T), np.int32)
   until[1:] = T
   blocks = np.full((3, 3, 3), -1, np.int32)
-  blocks[1:] = visible_blocks(until[1:], 8, 3)
-  result = value_and_grads(interval_attention, qkv, until, blocks)
+  blocks[1:] = visible_blocks(until[1:], 8, 8, 3)
+  result = value_and_grads(interval_attention, qkv, until.reshape(3, 3, 8), blocks)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 

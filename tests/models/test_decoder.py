@@ -35,7 +35,8 @@ def test_a_state_depends_on_what_it_continues_alone(tokens, packed):
   prev, until = random_row(np.random.default_rng(5), T) if packed else (range(-1, T - 1), [T] * T)
   until = np.array([until], np.int32)
   attend = attend_packed if packed else attend_prefill
-  context = PackedContext(until, visible_blocks(until, 4, 0)) if packed else None
+  blocks = PackedContext(until.reshape(1, -1, 2), visible_blocks(until, 4, 2, 0))
+  context = blocks if packed else None
   direction = jax.random.normal(jax.random.key(1), (cfg.width,))
   positions = np.arange(T)[None]
 

@@ -106,7 +106,7 @@ def assert_same_tree(got, got_root, want, want_root, depth=9):
 def assert_scored_alike(params, forest):
   """The sampler's log-probs are those that the trainer computes on the packed forest."""
   own = forest.depth > 0
-  cfg = PackConfig(row_length=64, rows=4, block=16, key_blocks=4)
+  cfg = PackConfig(row_length=64, rows=4, query_block=32, key_block=16, key_blocks=4)
   batch, counts = pack(forest, np.zeros(len(own), np.float32), own, cfg)
   assert counts["tokens"] == forest.lengths[own].sum()
   score = functools.partial(jax.jit, static_argnames=("cfg", "temperature", "chunk"))(

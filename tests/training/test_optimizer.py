@@ -6,18 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from spo_jax.training.optimizer import make_optimizer, make_schedule
+from tests.tiny import optimizer_config
 
-CONFIG = OptimizerConfig(
-  learning_rate=0.1,
-  warmup_steps=0,
-  decay_steps=0,
-  clip_norm=1e9,
-  weight_decay=0.0,
-  b1=0.9,
-  b2=0.95,
-  eps=1e-8,
-)
+CONFIG = optimizer_config(learning_rate=0.1, clip_norm=1e9)
 
 
 def rates(count, **fields) -> list[float]:

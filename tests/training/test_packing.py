@@ -98,7 +98,7 @@ def test_loss_and_gradients_equal_those_of_segment_rows(name, share):
   forest = FORESTS[name](rng)
   trained = own_segments(forest) & (rng.random(len(forest.parent)) < share)
   advantages = rng.standard_normal(len(trained)).astype(np.float32)
-  cfg = PackConfig(row_length=64, rows=2, block=16, key_blocks=4, min_micro_batches=8)
+  cfg = PackConfig(64, 2, 32, 16, key_blocks=4, min_micro_batches=8)
   batch, counts = pack(forest, advantages, trained, cfg)
   assert counts["tokens"] == forest.lengths[trained].sum()
   assert_equals_segment_rows(forest, trained, batch, advantages, (40, 64))
@@ -108,7 +108,7 @@ def test_a_full_tree_of_the_paper_equals_its_segment_rows_and_holds_every_token_
   rng = np.random.default_rng(2)
   forest = tree_forest(rng, (6, 6, 6), (2, 2, 2), prompts=(3,))
   trained, advantages = own_segments(forest), rng.standard_normal(259).astype(np.float32)
-  batch, counts = pack(forest, advantages, trained, PackConfig(row_length=528, rows=1, block=24))
+  batch, counts = pack(forest, advantages, trained, PackConfig(528, 1, 48, 24))
   assert counts == {
     "rows": 1,
     "micro_batches": 1,
@@ -145,7 +145,8 @@ def assert_structure(forest, advantages, trained, batch: PackedForest):
   trained_tokens = collections.Counter()
   rows = [x.reshape(-1, *x.shape[2:]) for x in batch[:-1]]
   for tokens, positions, prev, until, mask, adv, old, ref, key_blocks in zip(*rows, strict=True):
-    T, block = len(tokens), len(tokens) // len(key_blocks)
+    T, Q, L = len(tokens), len(tokens) // len(key_blocks), until.shape[-1]
+    until = until.reshape(-1)
     visible = [{j for j in range(i + 1) if i < until[j]} for i in range(T)]
     for i, token in enumerate(tokens):
       if token == 0:
@@ -165,8 +166,9 @@ def assert_structure(forest, advantages, trained, batch: PackedForest):
       if mask[i]:
         trained_tokens[int(index)] += 1
     for n, listed in enumerate(key_blocks):
-      queries = range(n * block, (n + 1) * block)
-      want = sorted({n} | {j // block for i in queries for j in visible[i]})
+      queries = range(n * Q, (n + 1) * Q)
+      seen = {j for i in queries for j in visible[i]}
+      want = sorted({j // L for j in seen.union(queries)})
       assert listed[: len(want)].tolist() == want
       assert (listed[len(want) :] == -1).all()
   assert trained_tokens == dict.fromkeys(np.flatnonzero(trained[owner]).tolist(), 1)
@@ -178,14 +180,14 @@ def test_structure_of_random_forests(seed):
   forest = distinct(random_forest(rng))
   trained = own_segments(forest) & (rng.random(len(forest.parent)) < rng.choice([0.2, 0.6, 1]))
   advantages = rng.standard_normal(len(trained)).astype(np.float32)
-  block = int(rng.choice([1, 4, 8]))
+  key_block = int(rng.choice([1, 4, 8]))
+  query_block = key_block * int(rng.choice([1, 2, 3]))
   longest_path = max(len(path_tokens(forest, node)) for node in range(len(trained)))
-  row_length = -(-int(longest_path * rng.choice([1, 1.5, 4])) // block) * block
-  bound = key_blocks_bound(longest_segments(forest), block, row_length)
+  row_length = -(-int(longest_path * rng.choice([1, 1.5, 4])) // query_block) * query_block
+  bound = key_blocks_bound(longest_segments(forest), query_block, key_block, row_length)
   rows = int(rng.integers(1, 4))
-  batch, counts = pack(
-    forest, advantages, trained, PackConfig(row_length, rows=rows, block=block, key_blocks=bound)
-  )
+  shape = PackConfig(row_length, rows, query_block, key_block, key_blocks=bound)
+  batch, counts = pack(forest, advantages, trained, shape)
   assert batch.key_blocks.shape[-1] == bound
   assert_structure(forest, advantages, trained, batch)
   micro_batch = np.repeat(np.arange(len(batch.tokens)), rows * row_length)
@@ -203,7 +205,7 @@ def test_a_tree_longer_than_a_row_is_cut_and_each_segment_trained_once():
   rng = np.random.default_rng(5)
   forest = distinct(tree_forest(rng, (3, 4, 3), (5, 3, 7), prompts=(6,)))
   advantages, trained = np.ones(len(forest.parent), np.float32), own_segments(forest)
-  batch, counts = pack(forest, advantages, trained, PackConfig(row_length=48, rows=2, block=8))
+  batch, counts = pack(forest, advantages, trained, PackConfig(48, 2, 8, 8))
   assert counts["packed_tokens"] > len(forest.tokens)
   assert counts["rows"] > len(forest.tokens) / 48
   assert_structure(forest, advantages, trained, batch)
@@ -215,16 +217,14 @@ def test_probes_and_branches_without_a_signal_are_not_packed():
   trained = np.zeros(len(forest.parent), bool)
   (second,) = np.flatnonzero((forest.depth == 2) & ~forest.probe)[:1]
   trained[second] = True
-  batch, counts = pack(
-    forest, np.ones(len(trained)), trained, PackConfig(row_length=32, rows=1, block=8)
-  )
+  batch, counts = pack(forest, np.ones(len(trained)), trained, PackConfig(32, 1, 8, 8))
   want = np.asarray(path_tokens(forest, second)) + 1
   assert sorted(batch.tokens[batch.tokens > 0]) == sorted(want)
   assert (counts["rows"], counts["packed_tokens"]) == (1, len(want))
 
 
-@pytest.mark.parametrize("block", [4, 8])
-def test_key_blocks_bound_holds_at_every_offset_and_is_reached(block):
+@pytest.mark.parametrize("queries, block", [(4, 4), (8, 8), (16, 8)])
+def test_key_blocks_bound_holds_at_every_offset_and_is_reached(queries, block):
   """Segments that touch as many blocks as they can, behind trees of every length."""
   rng = np.random.default_rng(4)
   lengths = [2, block + 2, 1, block + 1]
@@ -235,14 +235,14 @@ def test_key_blocks_bound_holds_at_every_offset_and_is_reached(block):
     first = tree_forest(rng, (1,), (offset - 1,), prompts=(1,))
     path_below = tree_forest(rng, (1, 1, 1), lengths[1:], prompts=(lengths[0],))
     both = join(first, path_below)
-    cfg = PackConfig(row_length, rows=1, block=block)
+    cfg = PackConfig(row_length, 1, queries, block)
     batch, counts = pack(both, np.ones(len(both.parent)), own_segments(both), cfg)
     assert counts["rows"] == 1
-    own = batch.key_blocks[0, 0, offset // block + 1 :]
+    own = batch.key_blocks[0, 0, offset // queries + 1 :]
     most = max(most, int((own >= 0).sum(-1).max()))
-  assert most <= key_blocks_bound(lengths, block, row_length)
-  assert key_blocks_bound([block + 2], block, row_length) == 4
-  assert key_blocks_bound([10 * block] * 3, block, row_length) == 16
+  assert most <= key_blocks_bound(lengths, queries, block, row_length)
+  assert key_blocks_bound([block + 2], queries, block, row_length) == queries // block + 3
+  assert key_blocks_bound([10 * block] * 3, queries, block, row_length) == 16
 
 
 def join(a, b):
@@ -260,11 +260,20 @@ def join(a, b):
 
 def test_more_visible_blocks_than_allowed_is_an_error():
   until = np.full((1, 32), 32)
-  assert visible_blocks(until, 8, 0).tolist() == [
+  assert visible_blocks(until, 8, 8, 0).tolist() == [
     [[0, -1, -1, -1], [0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3]]
   ]
   with pytest.raises(UserError, match="sees 4 key blocks, more than key_blocks 3"):
-    visible_blocks(until, 8, 3)
+    visible_blocks(until, 8, 8, 3)
+
+
+def test_key_blocks_are_listed_for_blocks_of_several_times_as_many_queries():
+  """A root of 4 tokens, children of 10 and 2: the second child starts the second query block."""
+  until = np.array([[16] * 4 + [14] * 10 + [16] * 2])
+  assert visible_blocks(until, 8, 4, 0).tolist() == [[[0, 1, -1, -1], [0, 1, 2, 3]]]
+  until[0, 4:] = [8] * 4 + [12] * 4 + [16] * 4
+  assert visible_blocks(until, 8, 4, 0).tolist() == [[[0, 1, -1], [0, 2, 3]]]
+  assert visible_blocks(until, 4, 2, 0)[0, 3].tolist() == [0, 1, 6, 7]
 
 
 def packed_paths(sizes, cfg):
@@ -276,7 +285,7 @@ def packed_paths(sizes, cfg):
 
 def test_rows_are_filled_best_fit():
   # First fit would put the last path into the first row.
-  batch, counts = packed_paths([12, 9, 9, 2], PackConfig(row_length=20, rows=1, block=5))
+  batch, counts = packed_paths([12, 9, 9, 2], PackConfig(20, 1, 5, 5))
   assert counts["rows"] == 2
   filled = [np.count_nonzero(row) for row in batch.tokens[:, 0]]
   assert filled == [12, 9 + 9 + 2]
@@ -285,9 +294,9 @@ def test_rows_are_filled_best_fit():
 @pytest.mark.parametrize("longest", [8, 11, 16, 17, 30, 31, 48, 64])
 def test_with_room_is_enough_for_trees_that_fit_a_row(longest):
   rng = np.random.default_rng(longest)
-  shape = PackConfig(row_length=64, rows=1, block=64)
+  shape = PackConfig(64, 1, 64, 64)
   for trees in (1, 3, 7, 20):
-    room = with_room(shape, longest, trees).min_micro_batches
+    room = with_room(shape, [longest], longest, trees).min_micro_batches
     in_row = 64 // longest
     least = 64 // (in_row + 1) + 1  # in_row of these fill a row
     cases = [
@@ -299,13 +308,13 @@ def test_with_room_is_enough_for_trees_that_fit_a_row(longest):
     for sizes in cases:
       batch, counts = packed_paths(sizes, shape)
       assert counts["rows"] <= room, (longest, trees, sizes)
-      batch, _ = packed_paths(sizes, with_room(shape, longest, trees))
+      batch, _ = packed_paths(sizes, with_room(shape, [longest], longest, trees))
       assert len(batch.tokens) == room
 
 
 def test_micro_batches_hold_the_rows():
-  assert with_room(PackConfig(64, rows=4, block=8), 64, 9).min_micro_batches == 3
-  batch, counts = packed_paths([64] * 9, PackConfig(64, rows=4, block=8, min_micro_batches=5))
+  assert with_room(PackConfig(64, 4, 8, 8), [64], 64, 9).min_micro_batches == 3
+  batch, counts = packed_paths([64] * 9, PackConfig(64, 4, 8, 8, min_micro_batches=5))
   assert (counts["micro_batches"], batch.tokens.shape) == (3, (5, 4, 64))
   assert not batch.loss_mask[3:].any()
   assert batch.segments.tolist() == [3, 3, 3, 0, 0]
@@ -314,7 +323,7 @@ def test_micro_batches_hold_the_rows():
 def test_more_micro_batches_than_there_is_room_for_come_in_few_shapes():
   """A root of 24 tokens, 40 leaves of 5: each row of 32 holds a copy of the root and one leaf."""
   forest = tree_forest(np.random.default_rng(0), (40,), (5,), prompts=(24,))
-  cfg = with_room(PackConfig(32, rows=1, block=8), len(forest.tokens), 1)
+  cfg = with_room(PackConfig(32, 1, 8, 8), [24, 5], len(forest.tokens), 1)
   batch, counts = pack(forest, np.ones(41), own_segments(forest), cfg)
   assert counts["rows"] == 40 > cfg.min_micro_batches
   assert len(batch.tokens) == 2 * cfg.min_micro_batches
@@ -324,17 +333,17 @@ def test_a_path_longer_than_a_row_is_an_error_with_both_numbers():
   rng = np.random.default_rng(0)
   for forest in (path_forest(rng, [3], [14]), tree_forest(rng, (2, 2), (6, 8), prompts=(3,))):
     with pytest.raises(UserError, match="17 tokens does not fit row_length 16"):
-      pack(
-        forest, np.ones(len(forest.parent)), own_segments(forest), PackConfig(16, rows=1, block=8)
-      )
-  with pytest.raises(UserError, match="row_length 20 must be a multiple of the attention block 8"):
-    PackConfig(20, rows=1, block=8)
+      pack(forest, np.ones(len(forest.parent)), own_segments(forest), PackConfig(16, 1, 8, 8))
+  with pytest.raises(UserError, match="row_length 20 must be a multiple of query_block 8"):
+    PackConfig(20, 1, 8, 8)
+  with pytest.raises(UserError, match="query_block 8 must be a multiple of key_block 3"):
+    PackConfig(16, 1, 8, 3)
 
 
 def test_nothing_trained_gives_an_empty_batch():
   forest = tree_forest(np.random.default_rng(0), (2, 2), (3, 3))
   nothing = np.zeros(len(forest.parent), bool)
-  batch, counts = pack(forest, np.ones(len(nothing)), nothing, PackConfig(16, rows=2, block=8))
+  batch, counts = pack(forest, np.ones(len(nothing)), nothing, PackConfig(16, 2, 8, 8))
   assert counts == dict.fromkeys(
     ("rows", "micro_batches", "segments", "tokens", "packed_tokens"), 0
   )
@@ -346,7 +355,7 @@ def test_packing_is_deterministic_and_of_the_promised_types():
   rng = np.random.default_rng(6)
   forest = tree_forest(rng, (3, 2), (4, 5), prompts=(3, 4, 4, 2), ragged=True)
   pack_again = lambda: pack(
-    forest, np.ones(len(forest.parent)), own_segments(forest), PackConfig(32, rows=2, block=8)
+    forest, np.ones(len(forest.parent)), own_segments(forest), PackConfig(32, 2, 8, 8)
   )
   (a, _), (b, _) = pack_again(), pack_again()
   for name, x, y in zip(PackedForest._fields, a, b, strict=True):

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from spo_jax.algorithms import masking
-from spo_jax.training.optimizer import OptimizerConfig
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.step import (
-  LossConfig,
   TrainState,
   compiled_step,
   forest_logprobs,
@@ -21,7 +19,7 @@ from spo_jax.training.step import (
   supervised_step,
   train_step,
 )
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import SGD, loss_config, tiny_config, tiny_params
 from tests.training.forests import (
   assert_trees_close,
   own_segments,
@@ -35,44 +33,8 @@ MODEL = tiny_config(layers=1)
 T, BLOCK = 32, 8
 
 
-def loss_config(**overrides) -> LossConfig:
-  fields = {
-    "temperature": 1.0,
-    "use_probability_mask": True,
-    "probability_threshold": 0.03,
-    "scaling": "whiten",
-    "epsilon_low": 0.2,
-    "epsilon_high": 0.2,
-    "log_ratio_bound": 20.0,
-    "ratio_threshold": 10.0,
-    "kl_coef": 0.5,
-    "kl_estimator": "control_variate",
-    "kl_clip_max": 10.0,
-    "logprob_chunk": 12,
-  }
-  return LossConfig(**(fields | overrides))
-
-
 LOSS = loss_config()
 PLAIN_LOSS = loss_config(kl_coef=0.0, ratio_threshold=1e9)
-
-
-def optimizer(**overrides) -> OptimizerConfig:
-  fields = {
-    "learning_rate": 3e-3,
-    "warmup_steps": 0,
-    "decay_steps": 0,
-    "clip_norm": 1.0,
-    "weight_decay": 0.0,
-    "b1": 0.9,
-    "b2": 0.95,
-    "eps": 1e-8,
-  }
-  return OptimizerConfig(**(fields | overrides))
-
-
-# Adam with a huge epsilon: the first update is the gradient itself.
-SGD = optimizer(learning_rate=1e8, clip_norm=1e9, eps=1e8, b1=0.0)
 
 
 def state_of(params, optimizer_cfg=SGD) -> TrainState:
@@ -95,7 +57,9 @@ def make_batch(*, rows=1, room=4, trees=4, seed=0):
   rng = np.random.default_rng(seed)
   forest = tree_forest(rng, (2, 3), (4, 3), prompts=(3,) * trees)
   advantages = rng.standard_normal(len(forest.parent)).astype(np.float32)
-  cfg = PackConfig(T, rows=rows, block=BLOCK, key_blocks=4, min_micro_batches=room)
+  cfg = PackConfig(
+    T, rows=rows, query_block=2 * BLOCK, key_block=BLOCK, key_blocks=4, min_micro_batches=room
+  )
   batch, counts = pack(forest, advantages, own_segments(forest), cfg)
   return forest, advantages, own_segments(forest), jax.tree.map(jnp.asarray, batch), counts
 
@@ -257,7 +221,9 @@ def test_nothing_to_train_changes_nothing(params, ref_params):
     forest,
     advantages,
     np.zeros_like(trained),
-    PackConfig(T, rows=1, block=BLOCK, key_blocks=4, min_micro_batches=4),
+    PackConfig(
+      T, rows=1, query_block=2 * BLOCK, key_block=BLOCK, key_blocks=4, min_micro_batches=4
+    ),
   )
   prepared = prepare(MODEL, LOSS, ref_params, nothing, jnp.int32(counts["micro_batches"]))
   assert bool(jnp.isfinite(prepared.advantages).all())
