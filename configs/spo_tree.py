@@ -28,12 +28,13 @@ def get_config(variant: str | None = None):
     parse_variant(variant, VARIANTS, "arithmetic")
   ]
   config.seed = 0
-  config.iterations = 240
+  config.iterations = 280
   config.minibatches = 3  # updates an iteration: several small ones learnt faster than a large one
 
   config.data.name = "arithmetic"
   config.data.variant = data_variant
   config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
+  config.eval.every = 40
 
   config.rollout.strategy = "tree"
   config.rollout.prompts = 96
