@@ -46,7 +46,7 @@ def get_config(variant: str | None = None):
   config.loss.epsilon_low = config.loss.epsilon_high = 0.2
   config.loss.kl_coef = 1e-4
 
-  config.optimizer.learning_rate = 2e-4
+  config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
   updates = config.get_ref("iterations") * config.get_ref("minibatches")
   config.optimizer.decay_steps = updates  # cosine, to 0
   config.optimizer.clip_norm = 1.0

@@ -313,7 +313,8 @@ def test_with_room_is_enough_for_trees_that_fit_a_row(longest):
 
 
 def test_micro_batches_hold_the_rows():
-  assert with_room(PackConfig(64, 4, 8, 8), [64], 64, 9).min_micro_batches == 3
+  room = with_room(PackConfig(64, 4, 16, 8), [30, 3], 64, 9)
+  assert (room.min_micro_batches, room.key_blocks) == (3, key_blocks_bound([30, 3], 16, 8, 64))
   batch, counts = packed_paths([64] * 9, PackConfig(64, 4, 8, 8, min_micro_batches=5))
   assert (counts["micro_batches"], batch.tokens.shape) == (3, (5, 4, 64))
   assert not batch.loss_mask[3:].any()
