@@ -23,7 +23,8 @@ from flax import linen as nn
 
 from spo_jax.algorithms import losses
 from spo_jax.forest import Forest, ForestBuilder
-from spo_jax.models.decoder import DecoderConfig, forward, init_params, unembedding
+from spo_jax.models.decoder import DecoderConfig, LayerKind, forward, init_params, unembedding
+from spo_jax.models.rope import Rope
 from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.step import LossConfig, TrainState, init_state, train_step
@@ -82,15 +83,15 @@ def segment_rows(forest: Forest, advantages: np.ndarray, most_tokens: int):
   return buckets
 
 
-def attend_causal(q, k, v, context, cache):
-  """Dense causal attention over whole rows."""
-  del context
+def attend_causal(q, k, v, positions, context, cache, spec):
+  """Dense causal attention over whole rows, without window or cap."""
+  del positions, context
   B, T, H, Dh = q.shape
   K = k.shape[2]
   q = q.reshape(B, T, K, H // K, Dh)
   scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
   mask = jnp.tril(jnp.ones((T, T), bool))
-  weights = jax.nn.softmax(jnp.where(mask, scores * Dh**-0.5, -1e30), axis=-1).astype(v.dtype)
+  weights = jax.nn.softmax(jnp.where(mask, scores * spec.scale, -1e30), axis=-1).astype(v.dtype)
   return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, H, Dh), cache
 
 
@@ -184,7 +185,7 @@ def main() -> None:
     kv_heads=max(1, args.width // 64),
     head_dim=32,
     ffn=8 * args.width // 3 // 8 * 8,
-    rope_theta=1e4,
+    layer_kinds=(LayerKind(Rope(1e4)),),
     norm_eps=1e-6,
     tie_embeddings=True,
     dtype=args.dtype,

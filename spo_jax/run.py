@@ -10,14 +10,15 @@ import numpy as np
 from flax import linen as nn
 
 from spo_jax import rewards
-from spo_jax.config import Config, check_mesh
+from spo_jax.config import Config, ModelConfig, check_mesh
 from spo_jax.data import source
 from spo_jax.data.tokenizer import check_tokenizer, load_tokenizer
 from spo_jax.errors import UserError
 from spo_jax.forest import Forest
 from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
-from spo_jax.models.decoder import DecoderConfig, init_params
+from spo_jax.models.decoder import DecoderConfig, LayerKind, init_params
+from spo_jax.models.rope import Rope
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
@@ -112,8 +113,15 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   rewards.get_grader(config.data.grader)
   tokenizer = load_tokenizer(config.data.tokenizer, work_dir=str(workdir))
   check_tokenizer(tokenizer, len(tokenizer))
-  model = DecoderConfig(vocab_size=len(tokenizer), **dataclasses.asdict(config.model))
+  model = decoder_config(config.model, len(tokenizer))
   return Run(config, workdir, tokenizer, mesh, model, progress)
+
+
+def decoder_config(model: ModelConfig, vocab_size: int) -> DecoderConfig:
+  """The decoder that the run's config describes: every layer sees all, RoPE is not scaled."""
+  fields = dataclasses.asdict(model)
+  kinds = (LayerKind(Rope(fields.pop("rope_theta"), "exact")),)
+  return DecoderConfig(vocab_size=vocab_size, layer_kinds=kinds, **fields)
 
 
 def delimiter_ids(tokenizer, delimiter: str) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ import numpy as np
 from flax import linen as nn
 
 from spo_jax.infra.mesh import make_mesh, param_shardings
-from spo_jax.models.decoder import DecoderConfig, init_params
+from spo_jax.models.decoder import DecoderConfig, LayerKind, init_params
+from spo_jax.models.rope import Rope
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
@@ -28,7 +29,7 @@ def tiny_config(**overrides) -> DecoderConfig:
     "kv_heads": 2,
     "head_dim": 8,
     "ffn": 24,
-    "rope_theta": 1e4,
+    "layer_kinds": (LayerKind(Rope(1e4, "exact")),),
     "norm_eps": 1e-6,
     "tie_embeddings": False,
     "dtype": "float32",

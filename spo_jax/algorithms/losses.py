@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax.algorithms import kl, masking
+from spo_jax.numerics import soft_cap
 
 
 class PPOSums(NamedTuple):
@@ -136,6 +137,7 @@ def token_logprobs(
   *,
   chunk: int,
   temperature: float | jax.Array,
+  logit_cap: float | None = None,
 ) -> jax.Array:
   """log softmax(hidden · unembed / temperature)[target] without a [B, T, V] array.
 
@@ -149,6 +151,7 @@ def token_logprobs(
     targets: [B, T] int32 in [0, V); mask what has no target afterwards.
     chunk: most tokens of a row that are unembedded at a time; T is cut into chunks of one size.
     temperature: that of sampling, so that these are the behaviour policy's log-probabilities.
+    logit_cap: soft cap of the logits, before the temperature; None: they have none.
 
   Returns:
     [B, T] float32.
@@ -162,7 +165,7 @@ def token_logprobs(
   def chunk_logprobs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     states, labels = inputs  # [B, C, D], [B, C]
     logits = jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
-    logits = logits / temperature
+    logits = soft_cap(logits, logit_cap) / temperature
     taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return taken - jax.nn.logsumexp(logits, axis=-1)
 

@@ -1,25 +1,47 @@
 """The attention of the three uses of the decoder: packed forests, prefill, shared-prefix decode.
 
-All softmaxes are in float32, so that the sampler's log-probs are the trainer's.
+All softmaxes are in float32, so that the sampler's log-probs are the trainer's. The three are
+called as `attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from spo_jax.numerics import soft_cap
+
 NEG_INF = -1e30  # finite: a fully masked row gives a uniform softmax, not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+  """What attention does in a layer; hashable, a static argument."""
+
+  scale: float  # of the products of queries and keys
+  window: int | None = None  # a query sees the keys of its last `window` positions; None: of all
+  cap: float | None = None  # soft cap of the scaled products
+
+  def scores(self, products: jax.Array) -> jax.Array:
+    """Scores before the softmax, from products of queries and keys."""
+    return soft_cap(products * self.scale, self.cap)
 
 
 def interval_attention(
   q_BxTxHxDh: jax.Array,
   k_BxTxKxDh: jax.Array,
   v_BxTxKxDh: jax.Array,
+  positions_BxT: jax.Array,
   until_BxJxL: jax.Array,
   key_blocks_BxNxW: jax.Array,
+  spec: AttentionSpec,
 ) -> jax.Array:
   """Attention in which query i sees key j iff j <= i < until[j], computed on visible blocks only.
+
+  With a window it must also be true that positions[i] - positions[j] < window: the distance along
+  the path from the root, not along the row.
 
   A row is a forest written depth first (`training/packing.py`), so this one integer a key is
   exactly "the key is an ancestor of the query, or an earlier token of its segment". The row is cut
@@ -32,8 +54,11 @@ def interval_attention(
     q_BxTxHxDh: queries; H a multiple of K.
     k_BxTxKxDh: keys.
     v_BxTxKxDh: values.
+    positions_BxT: [B, T] int32, distance from the root of the token's tree; read if there is a
+      window.
     until_BxJxL: [B, J, L] int32, first row index past the subtree that hangs off the token.
     key_blocks_BxNxW: [B, N, W] int32, the key blocks that query block n may see; -1 pads.
+    spec: scale, window and cap.
 
   Returns:
     [B, T, H, Dh], dtype of v.
@@ -61,6 +86,10 @@ def interval_attention(
   key_BxNx1xS = key_BxNxWxL.reshape(B, N, 1, S)
   query_1xNxCx1 = jnp.arange(T).reshape(1, N, C, 1)
   visible_BxNxCxS = (key_BxNx1xS <= query_1xNxCx1) & (query_1xNxCx1 < until_BxNx1xS)
+  if spec.window is not None:
+    at_key_BxNx1xS = take(positions_BxT.reshape(B, J, L), index_BxNxW).reshape(B, N, 1, S)
+    at_query_BxNxCx1 = positions_BxT.reshape(B, N, C, 1)
+    visible_BxNxCxS = visible_BxNxCxS & (at_query_BxNxCx1 - at_key_BxNx1xS < spec.window)
 
   # A matrix of R = G * C queries for each key-value head.
   R = G * C
@@ -70,7 +99,7 @@ def interval_attention(
   scores = jnp.einsum(
     "bnkrd,bnksd->bnkrs", q_BxNxKxRxDh, k_BxNxKxSxDh, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(visible_BxNx1xRxS, scores * Dh**-0.5, NEG_INF)
+  scores = jnp.where(visible_BxNx1xRxS, spec.scores(scores), NEG_INF)
   # Normalised after the product with the values: Dh divisions a query in place of S.
   peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   weights = jnp.exp(scores - peak)
@@ -92,17 +121,19 @@ class PackedContext(NamedTuple):
   key_blocks: jax.Array  # [B, N, W] int32
 
 
-def attend_packed(q, k, v, context: PackedContext, cache):
+def attend_packed(q, k, v, positions, context: PackedContext, cache, spec: AttentionSpec):
   """Training: interval attention, no cache."""
-  return interval_attention(q, k, v, context.until, context.key_blocks), cache
+  mixed = interval_attention(q, k, v, positions, context.until, context.key_blocks, spec)
+  return mixed, cache
 
 
-def attend_prefill(q, k, v, context, cache):
+def attend_prefill(q, k, v, positions, context, cache, spec: AttentionSpec):
   """Prefill: plain causal attention; the cache is (keys, values) [B, K, T, Dh], head-major."""
   del context, cache
   B, T = k.shape[:2]
   until = jnp.full((B, 1, T), T, jnp.int32)
-  mixed = interval_attention(q, k, v, until, jnp.zeros((B, 1, 1), jnp.int32))
+  blocks = jnp.zeros((B, 1, 1), jnp.int32)
+  mixed = interval_attention(q, k, v, positions, until, blocks, spec)
   return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
@@ -115,7 +146,7 @@ class DecodeContext(NamedTuple):
   writes: jax.Array  # [R] bool, groups that write it; a group that is done keeps its suffix
 
 
-def attend_decode(q, k, v, context: DecodeContext, cache):
+def attend_decode(q, k, v, positions, context: DecodeContext, cache, spec: AttentionSpec):
   """Decode: one new token a continuation against the group's shared prefix and its own suffix.
 
   The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh]
@@ -126,15 +157,18 @@ def attend_decode(q, k, v, context: DecodeContext, cache):
     q: [R * n, 1, H, Dh].
     k: [R * n, 1, K, Dh].
     v: like k.
+    positions: [R * n, 1] int32, read if there is a window. A prefix token's position is its index;
+      a suffix token is as far back as steps have passed since its slot was written.
     context: see `DecodeContext`.
     cache: (prefix keys, prefix values) [R, K, P, Dh] and (suffix keys, suffix values) [R, n, K, S,
       Dh].
+    spec: scale, window and cap.
 
   Returns:
     ([R * n, 1, H, Dh], (updated suffix keys, updated suffix values)).
   """
   prefix_k, prefix_v, suffix_k, suffix_v = cache
-  R, n, K, _, Dh = suffix_k.shape
+  R, n, K, S, Dh = suffix_k.shape
   G = q.shape[2] // K
 
   def write(store, new):
@@ -154,8 +188,13 @@ def attend_decode(q, k, v, context: DecodeContext, cache):
   position_P = jnp.arange(prefix_k.shape[2])[None, None, None, None]
   sees_prefix = position_P < context.visible[:, None, :, None, None]
   sees_suffix = context.suffix_mask[:, None, None, None]
-  to_prefix = jnp.where(sees_prefix, to_prefix * Dh**-0.5, NEG_INF)
-  to_suffix = jnp.where(sees_suffix, to_suffix * Dh**-0.5, NEG_INF)
+  if spec.window is not None:
+    near = positions.reshape(R, 1, n, 1, 1) - position_P < spec.window
+    sees_prefix = sees_prefix & near
+    age_S = (context.slot - jnp.arange(S)) % S
+    sees_suffix = sees_suffix & (age_S < spec.window)[None, None, None, None]
+  to_prefix = jnp.where(sees_prefix, spec.scores(to_prefix), NEG_INF)
+  to_suffix = jnp.where(sees_suffix, spec.scores(to_suffix), NEG_INF)
   peak = jnp.maximum(to_prefix.max(-1, keepdims=True), to_suffix.max(-1, keepdims=True))
   to_prefix, to_suffix = jnp.exp(to_prefix - peak), jnp.exp(to_suffix - peak)
   total = to_prefix.sum(-1, keepdims=True) + to_suffix.sum(-1, keepdims=True)

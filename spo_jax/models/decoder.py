@@ -1,9 +1,8 @@
-"""One Linen decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU) for training, prefill and
-decode.
+"""One Linen decoder for the Llama, Mistral, Qwen and Gemma families: training, prefill and decode.
 
-The three uses differ in attention alone, so attention is an argument: `attend(q, k, v, context,
-cache)` returns the mixed values and the layer's new cache. `models/attention.py` has the three of
-them.
+The three uses differ in attention alone, so attention is an argument: `attend(q, k, v, positions,
+context, cache, spec)` returns the mixed values and the layer's new cache. `models/attention.py` has
+the three of them. `models/families.py` makes a `DecoderConfig` of a Hugging Face config.
 
 Axis letters: B rows, T tokens, D width, H heads, K key-value heads, Dh head dimension, F
 feed-forward, V vocabulary.
@@ -17,12 +16,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spo_jax.models.attention import AttentionSpec
+from spo_jax.models.rope import Rope, rotary_tables, rotate
+from spo_jax.numerics import soft_cap
+
 Attend = Callable[..., tuple[jax.Array, Any]]
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+  """In what layers of a model differ from one another."""
+
+  rope: Rope
+  window: int | None = None  # a query sees its last `window` positions; None: all
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Geometry of a decoder; hashable, so that it is a static argument of jitted functions."""
+  """Geometry of a decoder; hashable, so that it is a static argument of jitted functions.
+
+  The fields with defaults are those in which families depart from Llama.
+  """
 
   vocab_size: int
   width: int
@@ -31,38 +47,48 @@ class DecoderConfig:
   kv_heads: int
   head_dim: int
   ffn: int
-  rope_theta: float  # base of the rotary frequencies
+  layer_kinds: tuple[LayerKind, ...]  # layer i is of kind i modulo their number
   norm_eps: float
   tie_embeddings: bool  # the unembedding is the transposed embedding
   dtype: str  # of activations and matmuls; parameters are always float32
   remat: bool  # recompute each block in the backward pass instead of keeping its activations
+  activation: str = "silu"  # of the feed-forward gate, a key of ACTIVATIONS
+  qkv_bias: bool = False  # queries, keys and values have biases
+  qk_norm: bool = False  # queries and keys are normalised, per head, before they are rotated
+  post_norms: bool = False  # attention and feed-forward are normalised once more, before they add
+  unit_offset_norms: bool = False  # norms multiply by 1 + scale
+  embedding_scale: float = 1.0  # of the embedding where it enters the first block
+  query_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
+  attention_cap: float | None = None  # soft cap of those scaled products
+  logit_cap: float | None = None  # soft cap of the logits
+
+  def layer_kind(self, layer: int) -> LayerKind:
+    """The kind of a layer."""
+    return self.layer_kinds[layer % len(self.layer_kinds)]
+
+  def attention_spec(self, kind: LayerKind) -> AttentionSpec:
+    """What attention does in layers of a kind."""
+    scale = self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+    return AttentionSpec(scale, kind.window, self.attention_cap)
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32."""
+  """x / rms(x) * scale over the last axis, in float32."""
 
-  eps: float
-  dtype: str
+  cfg: DecoderConfig
+  axis: str | None = "width"  # logical name of the axis
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    scale_D = self.param(
-      "scale", nn.with_partitioning(nn.initializers.ones, ("width",)), x_BxTxD.shape[-1:]
-    )
-    x_BxTxD = x_BxTxD.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True)
-    normed_BxTxD = x_BxTxD * jax.lax.rsqrt(mean_square + self.eps)
-    return (normed_BxTxD * scale_D[None, None]).astype(self.dtype)
-
-
-def rotate(x_BxTxHxDh: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding over the two halves of the head dimension, in float32."""
-  half = x_BxTxHxDh.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions_BxT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = jnp.split(x_BxTxHxDh.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxHxDh.dtype)
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.cfg
+    start = nn.initializers.zeros if c.unit_offset_norms else nn.initializers.ones
+    scale = self.param("scale", nn.with_partitioning(start, (self.axis,)), x.shape[-1:])
+    if c.unit_offset_norms:
+      scale = 1 + scale
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    normed = x * jax.lax.rsqrt(mean_square + c.norm_eps)
+    return (normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(c.dtype)
 
 
 def fan_in_init(*fan_in_axes: int) -> nn.initializers.Initializer:
@@ -78,39 +104,67 @@ def fan_in_init(*fan_in_axes: int) -> nn.initializers.Initializer:
 
 
 class Block(nn.Module):
-  """Pre-norm attention and SwiGLU, each with a residual."""
+  """Attention and a gated feed-forward layer, each with a norm before it and a residual."""
 
   cfg: DecoderConfig
   attend: Attend
+  kind: LayerKind
 
   def _weight(self, name, shape, axes, fan_in_axes=(0,)):
     init = nn.with_partitioning(fan_in_init(*fan_in_axes), axes)
     return self.param(name, init, shape).astype(self.cfg.dtype)
 
-  @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, context, cache):
-    c = self.cfg
-    h_BxTxD = RMSNorm(c.norm_eps, c.dtype, name="attention_norm")(x_BxTxD)
-    wq = self._weight("query", (c.width, c.heads, c.head_dim), ("width", "heads", None))
-    wk = self._weight("key", (c.width, c.kv_heads, c.head_dim), ("width", "kv_heads", None))
-    wv = self._weight("value", (c.width, c.kv_heads, c.head_dim), ("width", "kv_heads", None))
-    wo = self._weight("out", (c.heads, c.head_dim, c.width), ("heads", None, "width"), (0, 1))
-    q_BxTxHxDh = rotate(jnp.einsum("btd,dhk->bthk", h_BxTxD, wq), positions_BxT, c.rope_theta)
-    k_BxTxKxDh = rotate(jnp.einsum("btd,dhk->bthk", h_BxTxD, wk), positions_BxT, c.rope_theta)
-    v_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wv)
-    mixed_BxTxHxDh, cache = self.attend(q_BxTxHxDh, k_BxTxKxDh, v_BxTxKxDh, context, cache)
-    x_BxTxD = x_BxTxD + jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo)
+  def _bias(self, name, shape, axes):
+    init = nn.with_partitioning(nn.initializers.zeros, axes)
+    return self.param(name, init, shape).astype(self.cfg.dtype)[None, None]
 
-    h_BxTxD = RMSNorm(c.norm_eps, c.dtype, name="mlp_norm")(x_BxTxD)
+  @nn.compact
+  def __call__(self, x_BxTxD, positions_BxT, tables, context, cache):
+    c = self.cfg
+    h_BxTxD = RMSNorm(c, name="attention_norm")(x_BxTxD)
+    q_shape, k_shape = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
+    wq = self._weight("query", (c.width, *q_shape), ("width", "heads", None))
+    wk = self._weight("key", (c.width, *k_shape), ("width", "kv_heads", None))
+    wv = self._weight("value", (c.width, *k_shape), ("width", "kv_heads", None))
+    wo = self._weight("out", (*q_shape, c.width), ("heads", None, "width"), (0, 1))
+    q_BxTxHxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wq)
+    k_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wk)
+    v_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wv)
+    if c.qkv_bias:
+      q_BxTxHxDh += self._bias("query_bias", q_shape, ("heads", None))
+      k_BxTxKxDh += self._bias("key_bias", k_shape, ("kv_heads", None))
+      v_BxTxKxDh += self._bias("value_bias", k_shape, ("kv_heads", None))
+    if c.qk_norm:
+      q_BxTxHxDh = RMSNorm(c, axis=None, name="query_norm")(q_BxTxHxDh)
+      k_BxTxKxDh = RMSNorm(c, axis=None, name="key_norm")(k_BxTxKxDh)
+    q_BxTxHxDh, k_BxTxKxDh = rotate(q_BxTxHxDh, tables), rotate(k_BxTxKxDh, tables)
+    mixed_BxTxHxDh, cache = self.attend(
+      q_BxTxHxDh,
+      k_BxTxKxDh,
+      v_BxTxKxDh,
+      positions_BxT,
+      context,
+      cache,
+      c.attention_spec(self.kind),
+    )
+    out_BxTxD = jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo)
+    if c.post_norms:
+      out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
+    x_BxTxD = x_BxTxD + out_BxTxD
+
+    h_BxTxD = RMSNorm(c, name="mlp_norm")(x_BxTxD)
     gate = self._weight("gate", (c.width, c.ffn), ("width", "ffn"))
     up = self._weight("up", (c.width, c.ffn), ("width", "ffn"))
     down = self._weight("down", (c.ffn, c.width), ("ffn", "width"))
-    f_BxTxF = nn.silu(h_BxTxD @ gate) * (h_BxTxD @ up)
-    return x_BxTxD + f_BxTxF @ down, cache
+    f_BxTxF = ACTIVATIONS[c.activation](h_BxTxD @ gate) * (h_BxTxD @ up)
+    out_BxTxD = f_BxTxF @ down
+    if c.post_norms:
+      out_BxTxD = RMSNorm(c, name="mlp_post_norm")(out_BxTxD)
+    return x_BxTxD + out_BxTxD, cache
 
 
 class Decoder(nn.Module):
-  """Tokens to final hidden states; the unembedding is left to the caller (see `unembedding`)."""
+  """Tokens to final hidden states; logits are the caller's (`token_logits`, `token_logprobs`)."""
 
   cfg: DecoderConfig
   attend: Attend
@@ -135,15 +189,20 @@ class Decoder(nn.Module):
       init = nn.with_partitioning(fan_in_init(0), ("width", "vocab"))
       self.param("unembedding", init, (c.width, c.vocab_size))
     x_BxTxD = embedding_VxD.astype(c.dtype)[tokens_BxT]
+    if c.embedding_scale != 1:
+      x_BxTxD = x_BxTxD * c.embedding_scale
+    ropes = {kind.rope for kind in c.layer_kinds}
+    tables = {rope: rotary_tables(rope, positions_BxT, c.head_dim) for rope in ropes}
     block = nn.remat(Block) if c.remat else Block
     new_caches = []
     for layer in range(c.layers):
       cache = None if caches is None else caches[layer]
-      x_BxTxD, cache = block(c, self.attend, name=f"block_{layer}")(
-        x_BxTxD, positions_BxT, context, cache
+      kind = c.layer_kind(layer)
+      x_BxTxD, cache = block(c, self.attend, kind, name=f"block_{layer}")(
+        x_BxTxD, positions_BxT, tables[kind.rope], context, cache
       )
       new_caches.append(cache)
-    return RMSNorm(c.norm_eps, c.dtype, name="final_norm")(x_BxTxD), tuple(new_caches)
+    return RMSNorm(c, name="final_norm")(x_BxTxD), tuple(new_caches)
 
 
 def forward(cfg, attend, params, tokens_BxT, positions_BxT, context=None, caches=None):
@@ -156,9 +215,16 @@ def unembedding(cfg: DecoderConfig, params) -> jax.Array:
   return params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
 
 
+def token_logits(cfg: DecoderConfig, params, hidden: jax.Array) -> jax.Array:
+  """Logits [..., V] float32 of what follows, from hidden states [..., D]."""
+  matrix_DxV = unembedding(cfg, params).astype(hidden.dtype)
+  logits = jnp.dot(hidden, matrix_DxV, preferred_element_type=jnp.float32)
+  return soft_cap(logits, cfg.logit_cap)
+
+
 def init_params(cfg: DecoderConfig, key: jax.Array):
   """Random float32 parameters, each boxed with its logical axis names (`nn.Partitioned`)."""
-  attend = lambda q, k, v, context, cache: (q, cache)
+  attend = lambda q, k, v, positions, context, cache, spec: (q, cache)
   tokens = jnp.zeros((1, 1), jnp.int32)
   return Decoder(cfg, attend).init(key, tokens, tokens, None, None)["params"]
 

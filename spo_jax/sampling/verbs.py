@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax.models.attention import DecodeContext, attend_decode, attend_prefill
-from spo_jax.models.decoder import DecoderConfig, forward, unembedding
+from spo_jax.models.decoder import DecoderConfig, forward, token_logits
 from spo_jax.sampling.token import SamplingConfig, sample_token
 
 NO_GROUP = -1
@@ -233,9 +233,7 @@ def _step(cfg: DecoderConfig, decode_cfg: DecodeConfig, params, slots: _Slots, t
     context,
     caches,
   )
-  logits = jnp.dot(
-    hidden[:, 0], unembedding(cfg, params).astype(hidden.dtype), preferred_element_type=jnp.float32
-  )
+  logits = token_logits(cfg, params, hidden[:, 0])
   keys = jax.vmap(jax.random.fold_in)(slots.keys.reshape(-1), jnp.repeat(slots.step, n))
   tokens, logprobs = sample_token(keys, logits, decode_cfg.sampling)
   tokens_Exn, logprobs_Exn = tokens.reshape(E, n), logprobs.reshape(E, n)

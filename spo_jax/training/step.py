@@ -70,7 +70,12 @@ def forest_logprobs(
   hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, prev_BxT[..., None], axis=1)
   matrix_DxV = unembedding(cfg, params).astype(hidden_BxTxD.dtype)
   return losses.token_logprobs(
-    hidden_BxTxD, matrix_DxV, batch.tokens, chunk=chunk, temperature=temperature
+    hidden_BxTxD,
+    matrix_DxV,
+    batch.tokens,
+    chunk=chunk,
+    temperature=temperature,
+    logit_cap=cfg.logit_cap,
   )
 
 

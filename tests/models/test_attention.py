@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.models.attention import DecodeContext, attend_decode, interval_attention
+from spo_jax.models.attention import (
+  AttentionSpec,
+  DecodeContext,
+  attend_decode,
+  interval_attention,
+)
 from spo_jax.training.packing import visible_blocks
 
 T, H, K, DH = 24, 4, 2, 8
+PLAIN = AttentionSpec(DH**-0.5)
+CAPPED_WINDOW = AttentionSpec(0.7, window=3, cap=1.5)
 
 
 def random_row(rng, length):
@@ -42,11 +49,13 @@ def ancestors(prev):
   return visible
 
 
-def dense_attention(q, k, v, visible):
+def dense_attention(q, k, v, visible, scale=DH**-0.5, cap=None):
   """Softmax attention [T, H, Dh] under a mask [T, S]; head h reads key-value head h * K // H."""
   repeat = q.shape[1] // k.shape[1]
   k, v = (jnp.repeat(x, repeat, axis=1) for x in (k, v))
-  scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+  scores = jnp.einsum("thd,shd->hts", q, k) * scale
+  if cap is not None:
+    scores = cap * jnp.tanh(scores / cap)
   weights = jax.nn.softmax(jnp.where(visible[None], scores, -jnp.inf), axis=-1)
   return jnp.einsum("hts,shd->thd", weights, v)
 
@@ -80,8 +89,18 @@ def test_forests_branch_and_have_padding(forests):
 
 
 def in_blocks(until, queries, keys, width):
-  """What `interval_attention` takes besides q, k and v."""
+  """What `interval_attention` takes besides q, k, v and positions."""
   return until.reshape(len(until), -1, keys), visible_blocks(until, queries, keys, width)
+
+
+def depths(prev):
+  """[T] int32: steps from the root of each token's tree."""
+  return (ancestors(prev).sum(-1) - 1).astype(np.int32)
+
+
+plain_attention = functools.partial(interval_attention, spec=PLAIN)
+capped_window_attention = functools.partial(interval_attention, spec=CAPPED_WINDOW)
+dense_capped = functools.partial(dense_attention, scale=CAPPED_WINDOW.scale, cap=CAPPED_WINDOW.cap)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +109,23 @@ def in_blocks(until, queries, keys, width):
 def test_interval_attention_is_attention_to_ancestors(forests, qkv, queries, keys, width):
   prev, until = forests
   visible = np.stack([ancestors(row) for row in prev])
-  got = value_and_grads(interval_attention, qkv, *in_blocks(until, queries, keys, width))
+  blocks = in_blocks(until, queries, keys, width)
+  got = value_and_grads(plain_attention, qkv, np.zeros((3, T), np.int32), *blocks)
   want = value_and_grads(jax.vmap(dense_attention), qkv, visible)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), got, want)
+
+
+def test_a_window_counts_ancestors_not_row_indices(forests, qkv):
+  prev, until = forests
+  positions = np.stack([depths(row) for row in prev])
+  visible = np.stack([ancestors(row) for row in prev])
+  near = visible & (positions[:, :, None] - positions[:, None] < CAPPED_WINDOW.window)
+  index = np.arange(T)
+  by_index = visible & (index[:, None] - index < CAPPED_WINDOW.window)
+  assert (near != visible).any() and (near != by_index).any()
+  got = value_and_grads(capped_window_attention, qkv, positions, *in_blocks(until, 12, 4, 0))
+  want = value_and_grads(jax.vmap(dense_capped), qkv, near)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-6), got, want)
 
 
 def test_fully_masked_queries_are_finite(qkv):
@@ -101,11 +134,13 @@ def test_fully_masked_queries_are_finite(qkv):
   until[1:] = T
   blocks = np.full((3, 3, 3), -1, np.int32)
   blocks[1:] = visible_blocks(until[1:], 8, 8, 3)
-  result = value_and_grads(interval_attention, qkv, until.reshape(3, 3, 8), blocks)
+  positions = np.zeros((3, T), np.int32)
+  result = value_and_grads(plain_attention, qkv, positions, until.reshape(3, 3, 8), blocks)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 
-def test_attend_decode_is_dense_attention_over_prefix_and_suffix():
+@pytest.mark.parametrize("spec", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
+def test_attend_decode_is_dense_attention_over_prefix_and_suffix(spec):
   """For every rotation of the ring; a group that does not write keeps its suffix."""
   rng = np.random.default_rng(2)
   R, n, P, S = 4, 3, 5, 4
@@ -116,12 +151,15 @@ def test_attend_decode_is_dense_attention_over_prefix_and_suffix():
   visible = rng.integers(0, P + 1, (R, n)).astype(np.int32)
   visible[0, 0] = 0
   writes = np.array([True, True, True, False])
-  step, dense = jax.jit(attend_decode), jax.jit(jax.vmap(dense_attention))
+  step = jax.jit(attend_decode, static_argnames="spec")
+  dense = jax.jit(jax.vmap(functools.partial(dense_attention, scale=spec.scale, cap=spec.cap)))
   for slot in range(S):
     rings = [[(slot - age) % S for age in range(tokens)] for tokens in range(1, R + 1)]
     suffix_mask = np.array([np.isin(np.arange(S), ring) for ring in rings])
     context = DecodeContext(visible, suffix_mask, jnp.int32(slot), writes)
-    mixed, suffix = step(q, k, v, context, cache)
+    # A group of `tokens` suffix tokens: the fed one is `tokens - 1` after the visible prefix.
+    positions = visible + np.arange(R, dtype=np.int32)[:, None]
+    mixed, suffix = step(q, k, v, positions.reshape(-1, 1), context, cache, spec=spec)
     joined = []
     for new, old, prefix, token in zip(suffix, cache[2:], cache[:2], (k, v), strict=True):
       want = old.copy()
@@ -132,4 +170,8 @@ def test_attend_decode_is_dense_attention_over_prefix_and_suffix():
       joined.append(both.swapaxes(1, 2))
     sees_prefix = np.arange(P) < visible.reshape(-1, 1)
     mask = np.concatenate([sees_prefix, np.repeat(suffix_mask, n, axis=0)], axis=1)[:, None]
+    if spec.window is not None:
+      age = np.broadcast_to((slot - np.arange(S)) % S, (R * n, S))
+      distance = [positions.reshape(-1, 1) - np.arange(P), age]
+      mask = mask & (np.concatenate(distance, axis=1) < spec.window)[:, None]
     np.testing.assert_allclose(mixed, dense(q, *joined, mask), rtol=1e-5, atol=2e-6)

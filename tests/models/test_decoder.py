@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from spo_jax.infra.mesh import PARAM_RULES
 from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
-from spo_jax.models.decoder import count_params, forward, init_params, rotate, unembedding
+from spo_jax.models.decoder import count_params, forward, init_params, unembedding
+from spo_jax.models.rope import Rope, rotary_tables, rotate
 from spo_jax.training.packing import visible_blocks
 from tests.models.test_attention import ancestors, random_row
 from tests.tiny import VOCAB, tiny_config, tiny_params
@@ -89,7 +90,7 @@ def test_bfloat16_is_of_activations_only(tokens):
 
 def test_rotary_positions_are_relative(tokens):
   q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
-  at = lambda x, position: rotate(x, np.full((1, 1), position), 100.0)
+  at = lambda x, position: rotate(x, rotary_tables(Rope(100.0), np.full((1, 1), position), 8))
   product = lambda i, j: np.sum(at(q, i) * at(k, j))
   np.testing.assert_allclose(product(9, 4), product(25, 20), rtol=1e-4)
   np.testing.assert_allclose(product(5, 0), np.sum(at(q, 5) * k), rtol=1e-5)

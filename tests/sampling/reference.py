@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from spo_jax.models.attention import attend_prefill
-from spo_jax.models.decoder import forward, unembedding
+from spo_jax.models.decoder import forward, token_logits
 
 
 def truncated(logits, *, temperature=1.0, top_k=0, top_p=1.0):
@@ -45,5 +45,4 @@ def causal_logprobs(cfg, params, tokens, temperature=1.0):
   """[B, T] tokens -> [B, T, V] log-probs of what follows each, by one plain causal pass."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
   hidden, _ = forward(cfg, attend_prefill, params, tokens, positions)
-  logits = (hidden @ unembedding(cfg, params)).astype(jnp.float32)
-  return jax.nn.log_softmax(logits / temperature, axis=-1)
+  return jax.nn.log_softmax(token_logits(cfg, params, hidden) / temperature, axis=-1)

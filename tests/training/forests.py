@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.forest import Forest, ForestBuilder
-from spo_jax.models.decoder import forward, unembedding
+from spo_jax.models.decoder import forward, token_logits
 from tests.tiny import VOCAB
 
 
@@ -118,12 +118,12 @@ def segment_rows(forest, advantages, trained, shape) -> dict[str, np.ndarray]:
   return rows
 
 
-def causal(q, k, v, context, cache):
-  """Attention of a plain sequence, with a dense mask."""
-  del context
+def causal(q, k, v, positions, context, cache, spec):
+  """Attention of a plain sequence, with a dense mask; without window or cap."""
+  del positions, context
   group = q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-  scores = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+  scores = jnp.einsum("bthd,bshd->bhts", q, k) * spec.scale
   mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
   weights = jax.nn.softmax(jnp.where(mask[None, None], scores, -1e30), axis=-1)
   return jnp.einsum("bhts,bshd->bthd", weights, v), cache
@@ -133,7 +133,7 @@ def sequence_logprobs(cfg, params, tokens) -> jax.Array:
   """[B, T] int32 -> [B, T - 1] float32: log-probs of tokens 1.. from all logits at once."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   hidden, _ = forward(cfg, causal, params, tokens, positions)
-  logprobs = jax.nn.log_softmax(hidden[:, :-1] @ unembedding(cfg, params))
+  logprobs = jax.nn.log_softmax(token_logits(cfg, params, hidden[:, :-1]))
   return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
 
 

@@ -1,0 +1,185 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from spo_jax.models.attention import DecodeContext, PackedContext, attend_decode, attend_packed
+from spo_jax.models.decoder import forward, token_logits
+from spo_jax.models.families import hf_shape, parameter_table, to_hf
+from spo_jax.sampling import verbs
+from spo_jax.sampling.token import SamplingConfig
+from spo_jax.training.packing import PackedForest, visible_blocks
+from spo_jax.training.step import forest_logprobs
+from tests.models import hf_models
+from tests.models.hf_models import CASES, VOCAB, hf_logits
+
+T = 16  # tokens of a packed row
+R, N, P, S = 2, 2, 8, 64  # prefixes, continuations, prefix and suffix tokens
+TOLERANCE = 1e-4  # of the largest logit
+GREEDY = ("llama-3", "mistral", "qwen2-window", "qwen3-window", "gemma2", "gemma3")
+
+
+@functools.cache
+def models(name):
+  return hf_models.both(*CASES[name])
+
+
+def leaves_by_path(params):
+  return {
+    tuple(key.key for key in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def assert_close(got, want):
+  gap = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+  assert gap < TOLERANCE, gap
+  return gap
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def packed_logits(cfg, params, tokens, positions, until, key_blocks):
+  context = PackedContext(until, key_blocks)
+  hidden, _ = forward(cfg, attend_packed, params, tokens, positions, context)
+  return token_logits(cfg, params, hidden)
+
+
+def rows(spans):
+  """Rows [B, T] with tokens from start to stop, and padding: (mask, positions, until)."""
+  start, stop = np.array(spans)[:, :, None].swapaxes(0, 1)
+  index = np.arange(T)
+  mask = (index >= start) & (index < stop)
+  positions = np.where(mask, index - start, 0).astype(np.int32)
+  return mask, positions, np.where(mask, stop, index + 1).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_logits(cfg, params, tokens, lengths, fed):
+  """Logits [S, R, N, V] of given continuations `fed` [S, R, N], a step a token, in a ring."""
+  prefix = verbs.prefill(cfg, params, tokens, lengths)
+  shape = (R, N, cfg.kv_heads, S, cfg.head_dim)
+  empty = tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(cfg.layers))
+  starts = jnp.broadcast_to(lengths[:, None], (R, N))
+
+  def step(suffixes, inputs):
+    tokens, time = inputs
+    slot = (time + 3) % S
+    age = (slot - jnp.arange(S)) % S
+    context = DecodeContext(
+      visible=starts - 1,
+      suffix_mask=jnp.broadcast_to((age <= time)[None], (R, S)),
+      slot=slot,
+      writes=jnp.ones((R,), bool),
+    )
+    caches = tuple(p + s for p, s in zip(prefix.cache, suffixes, strict=True))
+    positions = (starts - 1 + time).reshape(-1, 1)
+    tokens = tokens.reshape(-1, 1)
+    hidden, suffixes = forward(cfg, attend_decode, params, tokens, positions, context, caches)
+    return suffixes, token_logits(cfg, params, hidden[:, 0]).reshape(R, N, -1)
+
+  return jax.lax.scan(step, empty, (fed, jnp.arange(S)))[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_table_names_every_tensor_once(name):
+  model, cfg, params = models(name)
+  tensors = hf_models.tensors_of(model)
+  table, leaves = parameter_table(cfg), leaves_by_path(params)
+  assert set(table) == set(leaves)
+  assert sorted(name for name, _ in table.values()) == sorted(tensors)
+  for path, (name, transform) in table.items():
+    assert hf_shape(transform, leaves[path].shape) == tensors[name].shape
+    np.testing.assert_array_equal(to_hf(transform, np.asarray(leaves[path])), tensors[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_logits_are_those_of_transformers(name, record_property):
+  """Whole, right-padded and left-padded rows."""
+  model, cfg, params = models(name)
+  mask, positions, until = rows([(0, T), (0, 11), (3, T)])
+  tokens = np.random.default_rng(0).integers(0, VOCAB, mask.shape).astype(np.int32)
+  blocks = visible_blocks(until, 8, 4, 0)
+  got = packed_logits(cfg, params, tokens, positions, until.reshape(3, -1, 4), blocks)
+  want = hf_logits(model, tokens, mask, positions)
+  record_property("gap", assert_close(got[mask], want[mask]))
+
+
+def greedy(model, prompt, steps):
+  """[T] tokens -> [T + steps], each the likeliest that `transformers` finds."""
+  for _ in range(steps):
+    likeliest = hf_logits(model, prompt[None])[0, -1].argmax()
+    prompt = np.append(prompt, likeliest).astype(np.int32)
+  return prompt
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decoded_logits_are_those_of_transformers(name, record_property):
+  """Prefill of right-padded prompts, then one token at a time for two continuations of each.
+
+  In `GREEDY`, one of them is what `transformers` decodes greedily, and so would we.
+  """
+  model, cfg, params = models(name)
+  rng = np.random.default_rng(1)
+  lengths = np.array([P, P - 2], np.int32)
+  whole = rng.integers(0, VOCAB, (R, N, P + S)).astype(np.int32)
+  if name in GREEDY:
+    whole[1, 0, : lengths[1] + S] = greedy(model, whole[1, 0, : lengths[1]], S)
+  fed = np.zeros((S, R, N), np.int32)
+  for row, length in enumerate(lengths):
+    whole[row, :, :length] = whole[row, :1, :length]
+    fed[:, row] = whole[row, :, length - 1 : length - 1 + S].T
+  got = decode_logits(cfg, params, whole[:, 0, :P], lengths, fed)
+  want = hf_logits(model, whole.reshape(R * N, -1)).reshape(R, N, P + S, -1)
+  want = [want[r, :, n - 1 : n - 1 + S].swapaxes(0, 1) for r, n in enumerate(lengths)]
+  record_property("gap", assert_close(got, np.stack(want, axis=1)))
+  if name in GREEDY:
+    drawn = np.asarray(got)[:, 1, 0].argmax(-1)
+    np.testing.assert_array_equal(drawn, whole[1, 0, lengths[1] : lengths[1] + S])
+    assert len(set(drawn)) > 3  # no fixed point
+
+
+def test_sampled_logprobs_are_the_trained_ones():
+  """With caps, windows and post norms too; and the sampler's greedy tokens are `transformers`'."""
+  model, cfg, params = models("gemma2")
+  tokens = np.random.default_rng(2).integers(0, VOCAB, (1, P)).astype(np.int32)
+  lengths = np.full(1, P, np.int32)
+  groups = verbs.Groups(
+    row=np.zeros(1, np.int32),
+    starts=lengths[:, None],
+    limits=np.full((1, 1), S, np.int32),
+    keys=jax.random.split(jax.random.key(0), (1, 1)),
+  )
+  decode_cfg = verbs.DecodeConfig(
+    max_new_tokens=S,
+    slots=1,
+    refill_share=1.0,
+    eos_id=-1,
+    sampling=SamplingConfig(temperature=0),
+    keep_cache=False,
+  )
+
+  @jax.jit
+  def sample(params, tokens, groups):
+    return verbs.decode(
+      cfg, decode_cfg, params, verbs.prefill(cfg, params, tokens, jnp.asarray(lengths)), groups
+    )
+
+  segments = sample(params, tokens, groups)
+  want = greedy(model, tokens[0], S)
+  np.testing.assert_array_equal(segments.tokens[0, 0], want[P:])
+
+  index = np.arange(P + S, dtype=np.int32)[None]
+  batch = dict.fromkeys(PackedForest._fields) | {
+    "tokens": want[None],
+    "positions": index,
+    "prev": index - 1,
+    "until": np.full((1, 1, P + S), P + S, np.int32),
+    "key_blocks": np.zeros((1, 1, 1), np.int32),
+  }
+  score = functools.partial(forest_logprobs, temperature=1.0, chunk=S // 2)
+  trained = jax.jit(score, static_argnums=0)(cfg, params, PackedForest(**batch))
+  np.testing.assert_allclose(segments.logprobs[0, 0], trained[0, P:], atol=2e-5)
