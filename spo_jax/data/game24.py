@@ -20,10 +20,10 @@ def solve(numbers: tuple[int, ...]) -> str | None:
   for few, many in _halves(numbers):
     reachable = _reachable(many)
     for a, a_text in _reachable(few).items():
-      # What the other half must be, by the operation that joins them.
+      # What the other half must be, by the operation that joins them. Not a - b: where a negative b
+      # can be had, so can -b, and a + (-b) is among them.
       needed = [
         (TARGET - a, "{a}+{b}"),
-        (a - TARGET, "{a}-{b}"),
         (TARGET + a, "{b}-{a}"),
         (a * TARGET, "{b}/{a}"),
       ]

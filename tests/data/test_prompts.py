@@ -2,42 +2,17 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 
 from spo_jax.data import prompts, source
 from spo_jax.data.prompts import Template, parse_template, token_ids
 from spo_jax.data.tokenizer import load_tokenizer
 from spo_jax.errors import UserError
+from tests.byte_tokenizer import BOS, END_TURN, EOS, TURN, make_tokenizer
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<turn>", "<end_turn>")
-PAD, BOS, EOS, TURN, END_TURN = range(len(SPECIAL))
 CHAT_TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}:{{ m.content }}<end_turn>\n"
   "{% endfor %}{% if add_generation_prompt %}<turn>assistant:{% endif %}"
 )
-
-
-def make_tokenizer(*, adds=("<s>",), adds_behind=(), chat_template=None):
-  """A tokenizer of single bytes that puts `adds` before a text and `adds_behind` behind it."""
-  letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  backend.post_processor = tokenizers.processors.TemplateProcessing(
-    single=[*adds, "$A", *adds_behind],
-    special_tokens=[(token, SPECIAL.index(token)) for token in (*adds, *adds_behind)],
-  )
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
-    pad_token="<pad>",
-    bos_token="<s>",
-    eos_token="</s>",
-    extra_special_tokens=["<turn>", "<end_turn>"],
-  )
-  tokenizer.chat_template = chat_template
-  return tokenizer
 
 
 @pytest.fixture(scope="module")
