@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
 
 
@@ -18,9 +19,15 @@ from spo_jax.errors import UserError
 class DataConfig:
   """Where prompts and answers come from."""
 
-  name: str = "arithmetic"
+  name: str = "arithmetic"  # or "gsm8k", "math", "math500", "aime24", "game24", "json"
   variant: str = "plain"
   data_dir: str = ""  # folder that data sets are built in; "" is the workdir's own
+  manual_dir: str = ""  # folder of JSON lines that a set is built from; see data/sets.py
+  question_field: str = "question"  # of the user's own JSON lines, name "json"
+  answer_field: str = "answer"  # likewise
+  template: str = "plain"  # key of prompts.TEMPLATES, "chat", or a text with {question}
+  system: str = ""  # system turn of the template "chat"
+  replacement: bool = False  # draw each batch from the whole split, not by epochs
   tokenizer: str = ""  # folder of a Hugging Face tokenizer; "" is the embedded task's
   grader: str = "numbers"
 
@@ -347,6 +354,12 @@ def _check(config: Config) -> None:
     # "seq_control_variate" sums over a row, and a packed row holds many responses.
     ("kl", "abs", "mse", "control_variate"),
   )
+  data = config.data
+  need(
+    data.name == "json" or (data.question_field, data.answer_field) == ("question", "answer"),
+    f"config.data.question_field and answer_field are of the data set 'json', not '{data.name}'",
+  )
+  parse_template(data.template, data.system)
   choice("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
   for name in ("optimizer", "warm_start_optimizer"):
     steps = getattr(config, name)

@@ -11,7 +11,9 @@ from flax import linen as nn
 
 from spo_jax import rewards
 from spo_jax.config import Config, ModelConfig, check_mesh
+from spo_jax.data import prompts as prompting
 from spo_jax.data import source
+from spo_jax.data.sets import Fields
 from spo_jax.data.tokenizer import check_tokenizer, load_tokenizer
 from spo_jax.errors import UserError
 from spo_jax.forest import Forest
@@ -36,6 +38,9 @@ class Run:
   mesh: jax.sharding.Mesh
   model: DecoderConfig
   progress: Progress
+  template: prompting.Template  # of prompts
+  stop_ids: tuple[int, ...]  # see `prompts.stop_ids`; sampling ends a response at the first alone
+  _splits: dict[str, Sequence[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
   def key(self, stream: str) -> jax.Array:
     """The root key of a named stream of random numbers."""
@@ -43,10 +48,34 @@ class Run:
     return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
 
   def split(self, name: str) -> Sequence[dict[str, Any]]:
-    """Records of a split; see `source.load_split`."""
+    """Records of a split, without those whose prompts are too long; see `source.load_split`.
+
+    The embedded task's prompts fit, and a prompt that does not is a mistake.
+    """
+    if name not in self._splits:
+      self._splits[name] = self._load_split(name)
+    return self._splits[name]
+
+  def _load_split(self, name: str) -> Sequence[dict[str, Any]]:
     data = self.config.data
-    folder = data.data_dir or str(self.workdir / "data")
-    return source.load_split(data.name, data.variant, name, folder)
+    records = source.load_split(
+      data.name,
+      data.variant,
+      name,
+      data.data_dir or str(self.workdir / "data"),
+      manual_dir=data.manual_dir,
+      fields=Fields(data.question_field, data.answer_field),
+    )
+    if data.name == source.EMBEDDED:
+      return records
+    limit = self.config.rollout.max_prompt_tokens
+    kept = source.keep_short_prompts(records, self.tokenizer, self.template, limit)
+    if dropped := len(records) - len(kept):
+      self.progress.note(
+        f"{data.name} {name}: {dropped} of {len(records)} prompts have more than {limit} tokens "
+        "and are left out"
+      )
+    return kept
 
   def sampler(self, *, temperature: float, truncate: bool) -> Sampler:
     """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
@@ -59,7 +88,7 @@ class Run:
     return Sampler(
       cfg=self.model,
       mesh=self.mesh,
-      eos_id=self.tokenizer.eos_token_id,
+      eos_id=self.stop_ids[0],
       sampling=sampling,
       slots=rollout.slots,
       refill_share=rollout.refill_share,
@@ -68,7 +97,10 @@ class Run:
   def prompts(self, records: Sequence[dict[str, Any]], key: jax.Array, ids: str) -> Prompts:
     """Tokenises records; a prompt's key is folded from its field `ids`, whatever the batch is."""
     tokens, lengths = source.encode_prompts(
-      self.tokenizer, [r["question"] for r in records], self.config.rollout.max_prompt_tokens
+      self.tokenizer,
+      [r["question"] for r in records],
+      self.config.rollout.max_prompt_tokens,
+      self.template,
     )
     numbers = np.asarray([int(r[ids]) for r in records], np.uint32)
     return Prompts(tokens, lengths, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
@@ -105,16 +137,22 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   """Builds the parts of a run and checks them against each other.
 
   Raises:
-    UserError: if a batch does not divide over the mesh, the tokenizer lacks a token, the grader is
-      unknown, or the delimiter is no token.
+    UserError: if a batch does not divide over the mesh, the tokenizer lacks a token or does not
+      go with the template, or the grader is unknown.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
   rewards.get_grader(config.data.grader)
   tokenizer = load_tokenizer(config.data.tokenizer, work_dir=str(workdir))
   check_tokenizer(tokenizer, len(tokenizer))
+  template = prompting.parse_template(config.data.template, config.data.system)
+  template.render(tokenizer, "?")  # a chat template may be missing, or refuse a system turn
+  stop_ids = prompting.stop_ids(tokenizer, template, config.data.tokenizer)
+  if len(stop_ids) > 1:
+    used, *others = tokenizer.convert_ids_to_tokens(stop_ids)
+    progress.note(f"responses end at {used}; at {', '.join(others)} sampling does not stop")
   model = decoder_config(config.model, len(tokenizer))
-  return Run(config, workdir, tokenizer, mesh, model, progress)
+  return Run(config, workdir, tokenizer, mesh, model, progress, template, stop_ids)
 
 
 def decoder_config(model: ModelConfig, vocab_size: int) -> DecoderConfig:

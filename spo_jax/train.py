@@ -33,7 +33,10 @@ def train(run: Run) -> None:
   """Trains from the warm start, or from the run's newest checkpoint, to the last iteration."""
   config = run.config
   iterator = source.make_iterator(
-    run.split("train"), batch_size=config.rollout.prompts, seed=config.seed
+    run.split("train"),
+    batch_size=config.rollout.prompts,
+    seed=config.seed,
+    replacement=config.data.replacement,
   )
   held = held_out(run, config.eval.split, config.eval.prompts)
   ref_params = warm_start(run)

@@ -61,6 +61,13 @@ def test_every_variant_of_every_config_is_valid(module):
     ("packing.query_block", 64, "row_length 288 must be a multiple of query_block 64"),
     ("packing.key_block", 24, "query_block 32 must be a multiple of key_block 24"),
     ("packing.row_length", 64, "row_length 64 must hold the longest prompt and response"),
+    (
+      "data.template",
+      "nope",
+      "config.data.template is 'nope', it must be one of: plain, math_task",
+    ),
+    ("data.system", "Be brief.", "config.data.system is used by the template 'chat' alone"),
+    ("data.answer_field", "label", "are of the data set 'json', not 'arithmetic'"),
     ("loss.epsilon", 0.2, "config.loss has no field 'epsilon', did you mean"),
   ],
 )

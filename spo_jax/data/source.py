@@ -10,34 +10,52 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from spo_jax.data import arithmetic
+from spo_jax.data import prompts, sets
+from spo_jax.data.arithmetic import Arithmetic
 from spo_jax.errors import UserError
 
-DATASETS = {"arithmetic": arithmetic.Arithmetic}
+EMBEDDED = "arithmetic"
+DATASETS = (EMBEDDED, *sets.NAMES)
 
 
-def load_split(name: str, variant: str, split: str, data_dir: str) -> Sequence[dict[str, Any]]:
+def load_split(
+  name: str,
+  variant: str,
+  split: str,
+  data_dir: str,
+  *,
+  manual_dir: str = "",
+  fields: sets.Fields = sets.USUAL_FIELDS,
+) -> Sequence[dict[str, Any]]:
   """Opens a split of a data set, which is built on first use.
 
   Args:
-    name: A key of `DATASETS`.
-    variant: A builder config of that data set.
+    name: One of `DATASETS`.
+    variant: Of the embedded task, the name of a builder config; the other sets have but `plain`.
     split: A split's name, or a part of it in the notation of TFDS such as `train[:100]`.
     data_dir: Folder in which data sets are kept.
+    manual_dir: Folder of the files that a set is built from; see `sets.FILE_SETS`.
+    fields: Of the set `json`, the fields that hold question and answer.
 
   Returns:
-    Records with random access by position; texts are `str`.
+    Records with random access by position; texts are `str`. They have `id`, the position in the
+    split, and `question`, `answer`, `solution`; all but the embedded task's also `subject`,
+    `level` and `key`. What a set does not tell is "".
 
   Raises:
-    UserError: If the name, the variant or the split is unknown, or the split is empty.
+    UserError: If the name, the variant or the split is unknown, the split is empty, or the files
+      cannot be used.
   """
   if name not in DATASETS:
-    raise UserError(f"unknown data set '{name}', known are: {', '.join(sorted(DATASETS))}")
-  builder_class = DATASETS[name]
-  if variant not in builder_class.builder_configs:
-    known = ", ".join(sorted(builder_class.builder_configs))
-    raise UserError(f"data set '{name}' has no variant '{variant}', it has: {known}")
-  builder = _prepared_builder(builder_class, variant, data_dir)
+    raise UserError(f"unknown data set '{name}', known are: {', '.join(DATASETS)}")
+  variants = sorted(Arithmetic.builder_configs) if name == EMBEDDED else ["plain"]
+  if variant not in variants:
+    raise UserError(f"data set '{name}' has no variant '{variant}', it has: {', '.join(variants)}")
+  if name == EMBEDDED:
+    open_builder = lambda: Arithmetic(config=variant, data_dir=data_dir, file_format="array_record")
+  else:
+    open_builder = lambda: sets.make_builder(name, data_dir, manual_dir, fields)
+  builder = _prepared_builder(open_builder)
   known = ", ".join(builder.info.splits)
   try:
     # TFDS does not read from a split without records: ask for the number first.
@@ -65,18 +83,15 @@ class _Records(Sequence):
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
 
 
-def _prepared_builder(builder_class, variant, data_dir):
+def _prepared_builder(open_builder):
   """A builder whose data are complete on disk.
 
   TFDS writes to a folder of random name and renames it when done. Who loses a race to the name
   reads what the winner wrote.
   """
-  open_builder = lambda: builder_class(
-    config=variant, data_dir=data_dir, file_format="array_record"
-  )
   builder = open_builder()
   if not builder.data_path.exists():
-    logging.info("building %s in %s", builder.info.full_name, data_dir)
+    logging.info("building %s in %s", builder.info.full_name, builder.data_path)
     tfds.disable_progress_bar()
     try:
       with contextlib.redirect_stdout(io.StringIO()):
@@ -93,22 +108,42 @@ def _prepared_builder(builder_class, variant, data_dir):
 
 
 class PromptIterator:
-  """An endless stream of batches, shuffled anew in each epoch, that can be saved and resumed.
+  """An endless stream of batches that can be saved and resumed.
 
-  Batches run on across the end of an epoch, so all have the same size. The order is a function
-  of the seed and the split's size alone; batch size does not enter, and may change on resuming.
+  Without replacement the split is shuffled anew in each epoch, and batches run on across the end of
+  an epoch, so all have the same size. The order is a function of the seed and the split's size
+  alone; batch size does not enter, and may change on resuming.
+
+  With replacement every batch is drawn from the whole split, whatever came before; within a batch
+  no record comes twice. (This is what AIFrameResearch/SPO calls sampling with replacement.)
   """
 
-  def __init__(self, source: Sequence[dict[str, Any]], *, batch_size: int, seed: int):
+  def __init__(
+    self,
+    source: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+    replacement: bool = False,
+  ):
     if batch_size < 1:
       raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if len(source) < 1:
       raise UserError("the split to draw prompts from is empty")
+    if replacement and batch_size > len(source):
+      raise UserError(
+        f"a batch of {batch_size} different prompts cannot be drawn from {len(source)}: take fewer "
+        "a batch, or set config.data.replacement to False"
+      )
     self._source = source
     self._batch_size = batch_size
-    self._identity = {"size": len(source), "seed": int(seed)}
+    self._identity = {"size": len(source), "seed": int(seed), "replacement": replacement}
+    if replacement:
+      self._identity["batch size"] = batch_size
     self._ordinal = 0
-    order = grain.MapDataset.source(range(len(source))).shuffle(seed=int(seed)).repeat()
+    order = grain.MapDataset.source(range(len(source))).shuffle(seed=int(seed))
+    # A batch with replacement is the beginning of an epoch that is left there.
+    order = (order[:batch_size] if replacement else order).repeat()
     # A worker thread would buy nothing here, and would hold an end of the process.
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     self._positions = iter(order.to_iter_dataset(read_options))
@@ -137,7 +172,7 @@ class PromptIterator:
     """Goes to a position that `get_state` returned, here or in another process.
 
     Raises:
-      UserError: If the state is that of a split of another size or of another seed.
+      UserError: If the state is that of another stream.
     """
     for key, value in self._identity.items():
       if state.get(key) != value:
@@ -150,24 +185,60 @@ class PromptIterator:
 
 
 def make_iterator(
-  source: Sequence[dict[str, Any]], *, batch_size: int, seed: int
+  source: Sequence[dict[str, Any]], *, batch_size: int, seed: int, replacement: bool = False
 ) -> PromptIterator:
   """The stream of training prompts over a split; see `PromptIterator`."""
-  return PromptIterator(source, batch_size=batch_size, seed=seed)
+  return PromptIterator(source, batch_size=batch_size, seed=seed, replacement=replacement)
+
+
+class _Selection(Sequence):
+  """Some records of a source, in its order."""
+
+  def __init__(self, source, positions):
+    self._source = source
+    self._positions = positions
+
+  def __len__(self):
+    return len(self._positions)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    return self._source[self._positions[index]]
+
+
+def keep_short_prompts(
+  records: Sequence[dict[str, Any]], tokenizer, template: prompts.Template, max_length: int
+) -> Sequence[dict[str, Any]]:
+  """The records whose prompts have at most `max_length` tokens.
+
+  Raises:
+    UserError: If there are none.
+  """
+  questions = [record["question"] for record in records]
+  lengths = [len(ids) for ids in prompts.token_ids(tokenizer, template, questions)]
+  positions = [i for i, length in enumerate(lengths) if length <= max_length]
+  if not positions:
+    raise UserError(
+      f"all {len(lengths)} prompts are longer than the {max_length} tokens of "
+      f"config.rollout.max_prompt_tokens; the shortest has {min(lengths)}"
+    )
+  return records if len(positions) == len(lengths) else _Selection(records, positions)
 
 
 def encode_prompts(
-  tokenizer, questions: Sequence[str], max_length: int
+  tokenizer,
+  questions: Sequence[str],
+  max_length: int,
+  template: prompts.Template = prompts.PLAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Token ids of prompts.
-
-  A prompt is the question alone, with whatever special tokens the tokenizer itself puts around a
-  text (none in the embedded task, whose questions end in `?`).
 
   Args:
     tokenizer: A Hugging Face tokenizer.
     questions: R texts.
     max_length: Width P of the array.
+    template: What stands around a question; see `prompts.token_ids`.
 
   Returns:
     Tokens `[R, P]` int32, padded on the right, and lengths `[R]` int32.
@@ -175,7 +246,7 @@ def encode_prompts(
   Raises:
     UserError: If a prompt has no tokens or more than `max_length`.
   """
-  ids = tokenizer(list(questions))["input_ids"] if len(questions) else []
+  ids = prompts.token_ids(tokenizer, template, questions)
   lengths = np.array([len(row) for row in ids], dtype=np.int32)
   if len(ids) and lengths.max() > max_length:
     longest = int(lengths.argmax())
@@ -191,9 +262,21 @@ def encode_prompts(
   return tokens, lengths
 
 
-def encode_solutions(tokenizer, solutions: Sequence[str]) -> list[np.ndarray]:
-  """Token ids of worked solutions, each an int32 array that ends with the end-of-text token."""
+def encode_solutions(
+  tokenizer, solutions: Sequence[str], template: prompts.Template = prompts.PLAIN
+) -> list[np.ndarray]:
+  """Token ids of worked solutions, each an int32 array that ends with `prompts.end_id`.
+
+  Raises:
+    UserError: If a solution is empty.
+  """
   if not len(solutions):
     return []
+  if not all(solutions):
+    raise UserError(
+      "a record has no worked solution to start from: set config.warm_start.max_steps to 0, or "
+      "give the data solutions"
+    )
+  end = prompts.end_id(tokenizer, template)
   ids = tokenizer(list(solutions), add_special_tokens=False)["input_ids"]
-  return [np.array([*row, tokenizer.eos_token_id], dtype=np.int32) for row in ids]
+  return [np.array([*row, end], dtype=np.int32) for row in ids]

@@ -33,14 +33,18 @@ def pack_solutions(
     (batch, micro-batches in use).
 
   Raises:
-    UserError: if a solution is longer than a response may be.
+    UserError: if a record has no solution, or one that is longer than a response may be.
   """
   builder = ForestBuilder()
   tokens, lengths = source.encode_prompts(
-    run.tokenizer, [r["question"] for r in records], run.config.rollout.max_prompt_tokens
+    run.tokenizer,
+    [r["question"] for r in records],
+    run.config.rollout.max_prompt_tokens,
+    run.template,
   )
   roots = builder.add_roots(tokens, lengths)
-  solutions = source.encode_solutions(run.tokenizer, [r["solution"] for r in records])
+  texts = [r["solution"] for r in records]
+  solutions = source.encode_solutions(run.tokenizer, texts, run.template)
   joined, lengths = np.concatenate(solutions), np.array([len(s) for s in solutions])
   if lengths.max() > (allowed := run.config.rollout.max_response_tokens):
     raise UserError(
@@ -63,7 +67,7 @@ def warm_start(run: Run) -> Any:
   config, cfg = run.config, run.config.warm_start
   state = run.initial_state(config.warm_start_optimizer)
   iterator = source.make_iterator(run.split("train"), batch_size=cfg.batch_size, seed=config.seed)
-  held = held_out(run, "validation", cfg.eval_prompts)
+  held = held_out(run, "validation", cfg.eval_prompts) if cfg.max_steps else []
   checkpoints = Checkpoints(run.workdir / "warm_start", keep=1)
   record = {"step": 0, "done": cfg.max_steps == 0, "history": []}
   if (latest := checkpoints.latest()) is not None:

@@ -163,6 +163,38 @@ def test_state_of_another_stream_is_refused():
       other.set_state(state)
 
 
+def test_stream_with_replacement():
+  def draw(batch_size, count, seed=5):
+    batches = source.make_iterator(records(7), batch_size=batch_size, seed=seed, replacement=True)
+    return [indices([next(batches)]) for _ in range(count)]
+
+  batches = draw(3, 120)
+  assert all(len(set(batch)) == 3 for batch in batches)  # No record twice within a batch.
+  counts = np.bincount(np.ravel(batches), minlength=7)
+  assert counts.min() > 30 and counts.max() < 73  # 51 expected, deviation 5.
+  # Independent of the batch before: 3 of 7 records come again, with probability 3 / 7 each.
+  again = [len({*a} & {*b}) / 3 for a, b in zip(batches[:-1], batches[1:], strict=True)]
+  assert 0.35 < np.mean(again) < 0.51
+  assert draw(3, 4) == batches[:4] and draw(3, 4, seed=6) != batches[:4]
+  with pytest.raises(UserError, match="8 different prompts cannot be drawn from 7"):
+    draw(8, 1)
+
+
+def test_stream_with_replacement_resumes_exactly():
+  make = lambda size, **how: source.make_iterator(records(7), batch_size=size, seed=9, **how)
+  first = make(3, replacement=True)
+  next(first)
+  state = json.loads(json.dumps(first.get_state()))
+  resumed = make(3, replacement=True)
+  resumed.set_state(state)
+  assert next(resumed) == next(first)
+  for other in (make(3), make(4, replacement=True)):
+    with pytest.raises(UserError, match="the saved prompt stream has"):
+      other.set_state(state)
+  with pytest.raises(UserError, match="replacement False, this run has replacement True"):
+    resumed.set_state(make(3).get_state())
+
+
 def test_stream_arguments():
   with pytest.raises(UserError, match="empty"):
     source.make_iterator([], batch_size=1, seed=0)

@@ -1,0 +1,62 @@
+"""What a run makes of its data: template, long prompts, what ends a response."""
+
+import dataclasses
+import json
+
+import pytest
+
+from spo_jax.config import Config, DataConfig
+from spo_jax.errors import UserError
+from spo_jax.run import make_run
+from tests.byte_tokenizer import BOS, END_TURN, EOS, make_tokenizer
+
+
+class Notes:
+  """A progress that remembers what it was told."""
+
+  def __init__(self):
+    self.texts = []
+
+  def note(self, text: str) -> None:
+    self.texts.append(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Of a tokenizer without a chat template, whose model stops at two tokens."""
+  path = tmp_path_factory.mktemp("tokenizer")
+  make_tokenizer().save_pretrained(path)
+  (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, END_TURN]}))
+  return str(path)
+
+
+def config(max_prompt_tokens, **data):
+  rollout = dataclasses.replace(Config().rollout, max_prompt_tokens=max_prompt_tokens)
+  return dataclasses.replace(Config(), rollout=rollout, data=DataConfig(**data))
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted_once(folder, tmp_path):
+  notes = Notes()
+  template = "Make 24 of {question}:"
+  settings = config(27, name="game24", tokenizer=folder, template=template)
+  run = make_run(settings, tmp_path, notes)
+  assert run.stop_ids == (EOS, END_TURN)
+  assert run.sampler(temperature=1.0, truncate=False).eos_id == EOS
+  assert notes.texts == ["responses end at </s>; at <end_turn> sampling does not stop"]
+  records = run.split("test")
+  lengths = [len(template.replace("{question}", r["question"])) + 1 for r in records]  # and BOS
+  assert 0 < len(records) < 136 and max(lengths) == 27
+  assert run.split("test") is records
+  assert notes.texts[1:] == [
+    f"game24 test: {136 - len(records)} of 136 prompts have more than 27 tokens and are left out"
+  ]
+  prompts = run.prompts(records[:2], run.key("eval"), "id")
+  assert prompts.tokens.shape == (2, 27) and prompts.lengths.tolist() == lengths[:2]
+  assert prompts.tokens[0, 0] == BOS
+  text = run.tokenizer.decode(prompts.tokens[0, : lengths[0]], skip_special_tokens=True)
+  assert text == template.replace("{question}", records[0]["question"])
+
+
+def test_a_chat_needs_a_chat_template(folder, tmp_path):
+  with pytest.raises(UserError, match="the tokenizer has no chat template"):
+    make_run(config(40, tokenizer=folder, template="chat"), tmp_path, Notes())
