@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from benchmarks.grading import HOSTILE
 from spo_jax import rewards
 from spo_jax.rewards import maths
 from spo_jax.rewards.boxed import boxed
@@ -162,18 +163,7 @@ def test_answers_equal(given, reference, equal):
 
 
 def test_hostile_latex_costs_its_own_reward_only(maths_pool):
-  hostile = [
-    r"\boxed{10^{10^{10}}}",
-    r"\boxed{100000000!}",
-    r"\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
-    r"\boxed{" + r"\sqrt{" * 150 + "x" + "}" * 151,
-    r"\boxed{(x+1)^{9999}(x-1)^{9999}}",
-    r"\boxed{" * 1_400_000,
-    "{" * 10_000_000,
-    "1" * 10_000_000,
-    "the answer is " * 700_000,
-    "# Answer\n" * 1_000_000,
-  ]
+  hostile = list(HOSTILE.values())
   good = r"\boxed{\frac12}"
   responses = [text for bad in hostile for text in (good, bad)]
   start = time.perf_counter()
