@@ -29,7 +29,12 @@ class DataConfig:
   system: str = ""  # system turn of the template "chat"
   replacement: bool = False  # draw each batch from the whole split, not by epochs
   tokenizer: str = ""  # folder of a Hugging Face tokenizer; "" is the embedded task's
-  grader: str = "numbers"
+  grader: str = "numbers"  # a name of rewards/registry.py, or MODULE:FUNCTION of your own
+  repeated_marker_reward: float = 0.0  # of a response with two or more `####`; 0: as graded
+  # The rest is for graders that run in processes of their own, as "math" does.
+  grader_workers: int = 0  # processes; 0 is one per CPU core
+  grader_timeout_s: float = 5.0  # a response that takes longer has reward 0 and is counted
+  grader_memory_mb: int = 2048  # address space of a process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +332,8 @@ def _check(config: Config) -> None:
     "eval.prompts": config.eval.prompts,
     "checkpoint.every": config.checkpoint.every,
     "checkpoint.keep": config.checkpoint.keep,
+    "data.grader_timeout_s": config.data.grader_timeout_s,
+    "data.grader_memory_mb": config.data.grader_memory_mb,
     "warm_start.batch_size": config.warm_start.batch_size,
     "warm_start.eval_every": config.warm_start.eval_every,
     "warm_start.eval_prompts": config.warm_start.eval_prompts,
@@ -371,6 +378,8 @@ def _check(config: Config) -> None:
   rollout, model, packing = config.rollout, config.model, config.packing
   need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   need(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}, it must be in (0, 1]")
+  workers = config.data.grader_workers
+  need(workers >= 0, f"config.data.grader_workers is {workers}, it must be 0 (one a core) or more")
   need(rollout.top_k >= 0, f"config.rollout.top_k is {rollout.top_k}, it must be 0 (all) or more")
   need(
     len(config.branches) == len(config.budgets) and min((*config.branches, *config.budgets)) > 0,

@@ -4,6 +4,7 @@ Exit status 0 means trained; 2 is a mistake of the user's, told in one line. The
 the same workdir resumes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -72,8 +73,11 @@ def train_from_flags() -> None:
   from spo_jax.run import make_run
   from spo_jax.train import train
 
-  with Progress(config.iterations) as progress:
-    train(make_run(config, workdir, progress))
+  with (
+    Progress(config.iterations) as progress,
+    contextlib.closing(make_run(config, workdir, progress)) as run,
+  ):
+    train(run)
 
 
 def config_name(argv: list[str]) -> str:

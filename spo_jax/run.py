@@ -38,6 +38,7 @@ class Run:
   mesh: jax.sharding.Mesh
   model: DecoderConfig
   progress: Progress
+  grader: rewards.Grader | rewards.GraderPool
   template: prompting.Template  # of prompts
   stop_ids: tuple[int, ...]  # see `prompts.stop_ids`; sampling ends a response at the first alone
   _splits: dict[str, Sequence[dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -106,7 +107,12 @@ class Run:
     return Prompts(tokens, lengths, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
 
   def grade(
-    self, forest: Forest, records: Sequence[dict[str, Any]], leaves: np.ndarray
+    self,
+    forest: Forest,
+    records: Sequence[dict[str, Any]],
+    leaves: np.ndarray,
+    *,
+    shaped: bool = False,
   ) -> tuple[np.ndarray, int]:
     """Rewards of leaves, each on its response alone; and how many times the grader failed.
 
@@ -114,6 +120,7 @@ class Run:
       forest: the rollout; tree i answers `records[i]`.
       records: with the field `answer`.
       leaves: [k] node ids.
+      shaped: rewards to train on, with the config's penalty of format; else those that count.
 
     Returns:
       ([k] float32, failures).
@@ -122,7 +129,14 @@ class Run:
       [forest.response(leaf) for leaf in leaves], skip_special_tokens=True
     )
     answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
-    return rewards.grade_all(texts, answers, self.config.data.grader)
+    graded, failures = rewards.grade_all(texts, answers, self.grader)
+    if shaped:
+      graded = rewards.shape(graded, texts, self.config.data.repeated_marker_reward)
+    return graded, failures
+
+  def close(self) -> None:
+    """Ends the grader's processes."""
+    rewards.close_grader(self.grader)
 
   def initial_state(self, optimizer: OptimizerConfig) -> TrainState:
     """Random parameters and an empty optimiser, sharded from the start."""
@@ -134,15 +148,14 @@ class Run:
 
 
 def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
-  """Builds the parts of a run and checks them against each other.
+  """Builds the parts of a run and checks them against each other. The caller closes it.
 
   Raises:
     UserError: if a batch does not divide over the mesh, the tokenizer lacks a token or does not
-      go with the template, or the grader is unknown.
+      go with the template, or the grader is unknown or cannot be loaded.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
-  rewards.get_grader(config.data.grader)
   tokenizer = load_tokenizer(config.data.tokenizer, work_dir=str(workdir))
   check_tokenizer(tokenizer, len(tokenizer))
   template = prompting.parse_template(config.data.template, config.data.system)
@@ -152,7 +165,14 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
     used, *others = tokenizer.convert_ids_to_tokens(stop_ids)
     progress.note(f"responses end at {used}; at {', '.join(others)} sampling does not stop")
   model = decoder_config(config.model, len(tokenizer))
-  return Run(config, workdir, tokenizer, mesh, model, progress, template, stop_ids)
+  data = config.data
+  grader = rewards.open_grader(
+    data.grader,
+    workers=data.grader_workers,
+    timeout_s=data.grader_timeout_s,
+    memory_mb=data.grader_memory_mb,
+  )
+  return Run(config, workdir, tokenizer, mesh, model, progress, grader, template, stop_ids)
 
 
 def decoder_config(model: ModelConfig, vocab_size: int) -> DecoderConfig:

@@ -100,7 +100,7 @@ def sample(
     sampled = time.perf_counter()
     leaves = np.flatnonzero(forest.leaf)
     rewards = np.full(len(forest.parent), np.nan, np.float32)
-    rewards[leaves], failures = run.grade(forest, records, leaves)
+    rewards[leaves], failures = run.grade(forest, records, leaves, shaped=True)
     advance(1)
   own = leaves[~forest.probe[leaves]]
   path_tokens = [len(forest.response(leaf)) for leaf in own]

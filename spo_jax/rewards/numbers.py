@@ -4,16 +4,22 @@ import fractions
 import re
 
 MAX_ANSWER_LENGTH = 100  # Characters after the marker; what is longer is no number.
+LAST_NUMBER_SEARCHED = 10_000  # Characters from the end of a text without a marker.
 
-_NUMBER = r"[0-9][0-9,]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?|\.[0-9]+(?:[eE][+-]?[0-9]{1,3})?"
+_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"  # Commas separate thousands: 2,3 is two numbers.
+_POWER = r"(?:[eE][+-]?[0-9]{1,3})?"
+_NUMBER = rf"{_WHOLE}(?:\.[0-9]*)?{_POWER}|\.[0-9]+{_POWER}"
 _CURRENCY = r"(?:\\?[$]|[€£¥])?"
 # Digits are ASCII alone: Python's \d and int() would take those of other scripts as well.
 _ANSWER = re.compile(
   rf"{_CURRENCY}\s*(?P<sign>[-+−]?)\s*{_CURRENCY}\s*"
   rf"(?P<top>{_NUMBER})(?:\s*/\s*(?P<bottom>{_NUMBER}))?"
   # A unit of at most three words on the same line.
-  rf"[ ]*(?:\\?[%$]|[€£¥°])?[ ]?(?:[^\W\d_]+(?:[ ][^\W\d_]+){{0,2}})?[ ]?\.?"
+  rf"[ ]*(?:\\?[%$]|[€£¥°])?[ ]?(?P<unit>[^\W\d_]+(?:[ ][^\W\d_]+){{0,2}})?[ ]?\.?"
 )
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# A minus after a digit, a letter or a bracket is a subtraction.
+_LAST_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-−])?(?:{_NUMBER})(?:/(?:{_NUMBER}))?", re.ASCII)
 
 
 def extract_answer(response: str) -> str | None:
@@ -45,9 +51,9 @@ def numbers_equal(a: str, b: str) -> bool:
   """Whether two texts are the same number, exactly.
 
   Integers, decimals, fractions and powers of ten (`1e3`) are compared by value, so that 0.50
-  equals 1/2. Commas are ignored; a currency sign, a percent sign, a unit of up to three words and
-  a full stop at the end are dropped without being compared. A text that holds anything else, two
-  numbers for instance, equals nothing.
+  equals 1/2. Commas between thousands are ignored; `3 million` is 3000000; a currency sign, a
+  percent sign, a unit of up to three words and a full stop at the end are dropped without being
+  compared. A text that holds anything else, two numbers for instance, equals nothing.
   """
   a, b = _parse(a), _parse(b)
   return a is not None and a == b
@@ -61,6 +67,18 @@ def grade(response: str, answer: str) -> float:
     answer: The reference answer, a number.
   """
   extracted = extract_answer(response)
+  return float(extracted is not None and numbers_equal(extracted, answer))
+
+
+def last_number(response: str) -> str | None:
+  """The last number of a text, with its sign if it has one, or the last fraction `a/b`."""
+  found = [match[0] for match in _LAST_NUMBER.finditer(response[-LAST_NUMBER_SEARCHED:])]
+  return found[-1] if found else None
+
+
+def grade_last_number(response: str, answer: str) -> float:
+  """As `grade`, for models that were not taught a marker: the response's last number counts."""
+  extracted = last_number(response)
   return float(extracted is not None and numbers_equal(extracted, answer))
 
 
@@ -78,6 +96,8 @@ def _parse(text: str) -> fractions.Fraction | None:
     if bottom == 0:
       return None
     value /= bottom
+  scale = _SCALES.get((match["unit"] or "").partition(" ")[0].lower(), 0)
+  value *= 10**scale
   return -value if match["sign"] in ("-", "−") else value
 
 

@@ -25,18 +25,20 @@ DEVIATIONS = {
   ("#####42", "42"): "a marker may be longer",
   ("#### 12\n#### 15", "15"): "two answers are none; the reference's reward is -2",
   ("a #### 3 b #### 3", "3"): "two answers are none; the reference's reward is -2",
+  ("The answer is 42.", "42"): "a full stop ends the sentence, not the number",
+  ("He has 10-4 apples", "-4"): "a minus after a digit is a subtraction: the last number is 4",
+  ("ratio 3/4", "4"): "the last number is three quarters",
 }
 
 
 def test_agrees_with_reference_but_for_named_deviations():
   rows = [r for r in json.loads(FIXTURE.read_text()) if r["mode"] != "preprocess"]
-  # The reference's other mode takes the last number of a text without a marker; ours has none.
-  rows = [r for r in rows if r["mode"] == "hash" or "#" in r["text"]]
-  assert len(rows) == 23
+  assert len(rows) == 32
+  graders = {"hash": numbers.grade, "last_number": numbers.grade_last_number}
   differing = {
     (r["text"], r["gold"])
     for r in rows
-    if numbers.grade(r["text"], r["gold"]) != float(r["correct"])
+    if graders[r["mode"]](r["text"], r["gold"]) != float(r["correct"])
   }
   assert differing == set(DEVIATIONS)
 
@@ -80,6 +82,8 @@ def test_extract_answer(response, expected):
     ("2/4", ".5"),
     ("1e3", "1000"),
     ("2.5E-1", "1/4"),
+    ("3 million", "3,000,000"),
+    ("1.5 Thousand dollars", "1500"),
     ("0", "-0"),
     ("$1,250.00", "1250"),
     (r"\$18", "18"),
@@ -105,6 +109,9 @@ def test_equal(a, b):
     ("0.333", "1/3"),
     ("12345678901234567890123", "12345678901234567890124"),
     ("42 43", "42"),
+    ("2,3", "23"),
+    ("12,34", "1234"),
+    ("3 million", "3"),
     ("42 or 43", "42"),
     ("42\n43", "42"),
     ("42\nwait", "42"),
@@ -183,10 +190,37 @@ def test_failing_grader_costs_only_its_response():
   assert graded.tolist() == [0, 0.5, 0, 0] and failures == 3
 
 
+@pytest.mark.parametrize(
+  "response, expected",
+  [
+    ("2 + 2 is 4, so 4.", "4."),
+    ("from -3 to −5", "−5"),
+    ("10-4", "4"),
+    ("x-4 (y)-5", "5"),
+    ("1,234 and 12,34", "34"),
+    ("3/4 of it", "3/4"),
+    (".5 or 1e-3", "1e-3"),
+    ("1" * 20_000, "1" * 10_000),
+    ("no", None),
+    ("", None),
+  ],
+)
+def test_last_number(response, expected):
+  assert numbers.last_number(response) == expected
+
+
+def test_several_markers_may_cost_a_penalty():
+  responses = ["#### 1", "#### 1 #### 1", "a ####\n####b ####", "### 1"]
+  graded, _ = rewards.grade_all(responses, ["1"] * 4, "numbers")
+  assert graded.tolist() == [1, 0, 0, 1]
+  assert rewards.shape(graded, responses, -2.0).tolist() == [1, -2, -2, 1]
+  assert rewards.shape(graded, responses, 0.0).tolist() == [1, 0, 0, 1]
+
+
 def test_grade_all_arguments():
   with pytest.raises(ValueError, match="2 responses but 1 answers"):
     rewards.grade_all(["a", "b"], ["a"], "numbers")
-  with pytest.raises(UserError, match="unknown grader 'maths', known are: numbers"):
+  with pytest.raises(UserError, match="unknown grader 'maths', known are: game24, gsm8k"):
     rewards.grade_all([], [], "maths")
   empty, failures = rewards.grade_all([], [], "numbers")
   assert empty.shape == (0,) and failures == 0
