@@ -191,7 +191,7 @@ class Decoder(nn.Module):
     x_BxTxD = embedding_VxD.astype(c.dtype)[tokens_BxT]
     if c.embedding_scale != 1:
       x_BxTxD = x_BxTxD * c.embedding_scale
-    ropes = {kind.rope for kind in c.layer_kinds}
+    ropes = dict.fromkeys(kind.rope for kind in c.layer_kinds)  # a set has no fixed order
     tables = {rope: rotary_tables(rope, positions_BxT, c.head_dim) for rope in ropes}
     block = nn.remat(Block) if c.remat else Block
     new_caches = []
