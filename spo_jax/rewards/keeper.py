@@ -62,10 +62,8 @@ def _serve(connection: Connection, grader: registry.Grader, timeout_s: float, me
   limit = memory_mb * 2**20
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  # Parsers print what they think of a text.
-  null = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(null, sys.stdout.fileno())
-  os.dup2(null, sys.stderr.fileno())
+  # Parsers print what they think of a text; the keeper has no standard output in any case.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
   with contextlib.suppress(EOFError, OSError):
     while True:
       response, answer = json.loads(connection.recv_bytes())

@@ -47,6 +47,8 @@ def test_agrees_with_reference_but_for_named_deviations():
     (r"\frac{8}{3-\frac{8}{3}}", [3, 3, 8, 8], True),
     (r"\left(1+2+3\right) \div 1 \times 4", [1, 1, 2, 3, 4], True),
     ("+4*6", [4, 6], True),
+    ("+".join("1" * 24), [1] * 24, True),
+    ("*".join("1" * 100) + "*24", [1] * 100 + [24], False),  # too long
     ("4*6", [4, 6, 1], False),
     ("4*6*1*1", [4, 6, 1], False),
     ("4*6+0", [4, 6], False),

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.grading import HOSTILE
 from spo_jax import rewards
 from spo_jax.rewards import maths
-from spo_jax.rewards.boxed import boxed
+from spo_jax.rewards.boxed import SEARCHED, boxed
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 DATA = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -81,6 +81,7 @@ def test_prefix_fixture_agrees_but_for_named_deviations():
     (r"\boxed{", None),
     ("boxed 5", None),
     ("\n# Answer\n\n 5 \n", "5"),
+    ("# Answer\nx+1 = y", "x+1 = y"),
     ("# Answer\nIt is \\boxed{5}.", "5"),
     ("## Answer\n5\n# Answer\n5", None),
     ("# Answers are many. 7", "7"),
@@ -107,6 +108,7 @@ def test_extract_answer(response, expected):
     (r"\\boxed{1}", []),
     ("{" * 50 + r"\boxed{1}", ["1"]),
     ("boxed{1}", []),
+    (r"\boxed{1}" + "x" * SEARCHED, []),
   ],
 )
 def test_boxed(text, contents):
@@ -150,6 +152,7 @@ def test_boxed(text, contents):
     ("b", r"\text{B}", True),
     ("A, B", r"\text{A,B}", True),
     (r"\text{A}, \text{B}", r"\text{A}, \text{C}", False),
+    (r"\text{A} \text{B}", r"\text{A} \text{C}", False),
     ("seat", r"\text{east}", False),
     ("East", "east", True),
     # what does not parse

@@ -214,7 +214,7 @@ def test_several_markers_may_cost_a_penalty():
   graded, _ = rewards.grade_all(responses, ["1"] * 4, "numbers")
   assert graded.tolist() == [1, 0, 0, 1]
   assert rewards.shape(graded, responses, -2.0).tolist() == [1, -2, -2, 1]
-  assert rewards.shape(graded, responses, 0.0).tolist() == [1, 0, 0, 1]
+  assert rewards.shape(np.ones(4), responses, 0.0).tolist() == [1, 1, 1, 1]
 
 
 def test_grade_all_arguments():

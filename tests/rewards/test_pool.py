@@ -105,16 +105,20 @@ def test_a_stopped_keeper_does_not_stall_the_run(hostile_pool, monkeypatch):
   process = hostile_pool._keepers[0]._process
   os.kill(process.pid, signal.SIGSTOP)
   monkeypatch.setattr(pool, "END_S", 0.1)
+  start = time.perf_counter()
   outcomes = hostile_pool.grade(["good"] * 4, ["answer"] * 4)
+  assert time.perf_counter() - start < 1.0 + SLACK_S
   assert [o.failure for o in outcomes].count("") == 3
   assert hostile_pool.grade(["good"], ["answer"])[0].reward == 1.0
 
 
-def test_closing_ends_all_processes_and_using_starts_them_again():
+def test_closing_ends_all_processes_and_using_starts_them_again(capfd):
   made = pool.GraderPool(HOSTILE, workers=1, timeout_s=60.0, memory_mb=512)
   child = int(made.grade(["pid"], [""])[0].reward)
   process = made._keepers[0]._process
+  made.grade(["print"], [""])
   made.close()
+  assert capfd.readouterr() == ("", "")
   assert process.returncode is not None
   _assert_ends(child)
   assert made.grade(["good"], ["answer"])[0].reward == 1.0
@@ -126,6 +130,7 @@ def test_an_interrupt_in_mid_batch_leaves_no_stale_replies_or_processes(monkeypa
   child = int(made.grade(["pid"], [""])[0].reward)
 
   def interrupt(*_):
+    time.sleep(0.3)  # The child is in its loop.
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
