@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,10 +175,9 @@ def parse_args() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def main() -> None:
-  """Checks, measures and prints."""
-  args = parse_args()
-  cfg = DecoderConfig(
+def configs(args: argparse.Namespace) -> tuple[DecoderConfig, LossConfig]:
+  """The model and the loss that both forms train."""
+  model = DecoderConfig(
     vocab_size=args.vocab,
     width=args.width,
     layers=args.layers,
@@ -191,7 +191,7 @@ def main() -> None:
     dtype=args.dtype,
     remat=False,
   )
-  loss_cfg = LossConfig(
+  loss = LossConfig(
     temperature=1.0,
     use_probability_mask=False,
     probability_threshold=0.9,
@@ -205,16 +205,80 @@ def main() -> None:
     kl_clip_max=10.0,
     logprob_chunk=512,
   )
-  forest = full_tree(args.branches, args.segment, max(1, args.segment // 6), args.vocab)
-  advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
+  return model, loss
+
+
+def packed_tree(args: argparse.Namespace, forest: Forest, advantages: np.ndarray):
+  """The tree as one micro-batch row, or several where it is longer than a micro-batch may be.
+
+  Returns:
+    (the packed batch, its number of micro-batches, tokens of all rows).
+  """
   blocks = -(-min(args.micro_batch, len(forest.tokens)) // args.query_block)
   row_length = blocks * args.query_block
   shape = PackConfig(row_length, 1, args.query_block, args.key_block)
   packed, counts = pack(forest, advantages, forest.depth > 0, shape)
-  packed = jax.tree.map(jnp.asarray, packed)
-  rows = segment_rows(forest, advantages, args.micro_batch)
+  micro_batches = counts["micro_batches"]
+  return jax.tree.map(jnp.asarray, packed), micro_batches, micro_batches * row_length
 
-  span = jnp.int32(0), jnp.int32(counts["micro_batches"])
+
+def measure(steps, fresh, repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+  """Seconds and CPU seconds (of all cores) of each step, which take turns."""
+  seconds, cpu_seconds = ({name: [] for name in steps} for _ in range(2))
+  for _ in range(repeats):
+    for name, step in steps.items():
+      state = jax.block_until_ready(fresh())
+      began, cpu_began = time.perf_counter(), time.process_time()
+      jax.block_until_ready(step(state))
+      seconds[name].append(time.perf_counter() - began)
+      cpu_seconds[name].append(time.process_time() - cpu_began)
+  return seconds, cpu_seconds
+
+
+def summary(tokens, seconds, cpu_seconds) -> dict[str, Any]:
+  """Medians, extremes and the ratios of the two forms."""
+  median = {name: statistics.median(times) for name, times in seconds.items()}
+  # On a CPU that other processes share, steadier than the clock.
+  cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
+  return {
+    "tokens": tokens,
+    "seconds": {name: [min(t), median[name], max(t)] for name, t in seconds.items()},
+    "cpu_seconds": cpu,
+    "ratio": median["rows"] / median["packed"],
+    "cpu_ratio": cpu["rows"] / cpu["packed"],
+    "token_ratio": tokens["rows"] / tokens["packed"],
+  }
+
+
+def print_table(record: dict[str, Any]) -> None:
+  """The record, to be read."""
+  print(
+    f"{record['machine']}; {record['layers']} layers of {record['width']}, vocabulary "
+    f"{record['vocab']}, {record['dtype']}"
+  )
+  print(
+    f"tree {record['branches']}, segments of {record['segment']}; gradients agree to "
+    f"{record['gradient_error']:.0e}"
+  )
+  print(f"{'update':<8}{'tokens':>10}{'min s':>10}{'median s':>10}{'max s':>10}{'CPU s':>10}")
+  for name, times in record["seconds"].items():
+    line = (*times, record["cpu_seconds"][name])
+    print(f"{name:<8}{record['tokens'][name]:>10}" + "".join(f"{x:>10.3f}" for x in line))
+  print(
+    f"rows / packed: {record['ratio']:.2f} in time, {record['cpu_ratio']:.2f} in CPU time, "
+    f"{record['token_ratio']:.2f} in tokens"
+  )
+
+
+def main() -> None:
+  """Checks, measures and prints."""
+  args = parse_args()
+  cfg, loss_cfg = configs(args)
+  forest = full_tree(args.branches, args.segment, max(1, args.segment // 6), args.vocab)
+  advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
+  packed, micro_batches, packed_tokens = packed_tree(args, forest, advantages)
+  rows = segment_rows(forest, advantages, args.micro_batch)
+  span = jnp.int32(0), jnp.int32(micro_batches)
 
   def packed_step(state):
     state, metrics = train_step(cfg, loss_cfg, OPTIMIZER, state, packed, *span)
@@ -224,50 +288,18 @@ def main() -> None:
   params = nn.unbox(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
   fresh = lambda: init_state(jax.tree.map(jnp.copy, params), OPTIMIZER)
   error = check_agreement(params, *(step(fresh()) for step in steps.values()))
-
-  seconds, cpu_seconds = ({name: [] for name in steps} for _ in range(2))
-  for _ in range(args.repeats):
-    for name, step in steps.items():
-      state = jax.block_until_ready(fresh())
-      began, cpu_began = time.perf_counter(), time.process_time()
-      jax.block_until_ready(step(state))
-      seconds[name].append(time.perf_counter() - began)
-      cpu_seconds[name].append(time.process_time() - cpu_began)
-
-  tokens = {
-    "packed": counts["micro_batches"] * row_length,
-    "rows": sum(tokens.size for tokens, _, _ in rows),
-  }
-  median = {name: statistics.median(times) for name, times in seconds.items()}
-  ratio = median["rows"] / median["packed"]
-  # Of all cores; on a CPU that other processes share, steadier than the clock.
-  cpu_median = {name: statistics.median(times) for name, times in cpu_seconds.items()}
-  print(
-    f"{machine()}; {cfg.layers} layers of {cfg.width}, vocabulary {cfg.vocab_size}, {cfg.dtype}"
-  )
-  print(f"tree {args.branches}, segments of {args.segment}; gradients agree to {error:.0e}")
-  print(f"{'update':<8}{'tokens':>10}{'min s':>10}{'median s':>10}{'max s':>10}{'CPU s':>10}")
-  for name, times in seconds.items():
-    line = (min(times), median[name], max(times), cpu_median[name])
-    print(f"{name:<8}{tokens[name]:>10}" + "".join(f"{value:>10.3f}" for value in line))
-  cpu_ratio = cpu_median["rows"] / cpu_median["packed"]
-  token_ratio = tokens["rows"] / tokens["packed"]
-  print(
-    f"rows / packed: {ratio:.2f} in time, {cpu_ratio:.2f} in CPU time, {token_ratio:.2f} in tokens"
-  )
+  seconds, cpu_seconds = measure(steps, fresh, args.repeats)
+  tokens = {"packed": packed_tokens, "rows": sum(tokens.size for tokens, _, _ in rows)}
   record = {
     "benchmark": "update",
     "machine": machine(),
     "jax": jax.__version__,
     **vars(args),
     "key_blocks": packed.key_blocks.shape[-1],
-    "tokens": tokens,
-    "seconds": {n: [min(t), median[n], max(t)] for n, t in seconds.items()},
-    "cpu_seconds": cpu_median,
-    "ratio": ratio,
-    "cpu_ratio": cpu_ratio,
     "gradient_error": error,
+    **summary(tokens, seconds, cpu_seconds),
   }
+  print_table(record)
   print(json.dumps(record))
 
 

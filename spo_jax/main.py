@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spo_jax.config import check_field, from_config_dict
+from spo_jax.config_check import check_field, from_config_dict
 from spo_jax.errors import UserError
 
 USER_ERROR_STATUS = 2

@@ -10,7 +10,8 @@ import numpy as np
 from flax import linen as nn
 
 from spo_jax import rewards
-from spo_jax.config import Config, ModelConfig, check_mesh
+from spo_jax.config import Config, ModelConfig
+from spo_jax.config_check import check_mesh
 from spo_jax.data import prompts as prompting
 from spo_jax.data import source
 from spo_jax.data.sets import Fields

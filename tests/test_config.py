@@ -6,14 +6,8 @@ import ml_collections
 import pytest
 
 from configs import grpo, spo_chain, spo_tree
-from spo_jax.config import (
-  Config,
-  check_field,
-  check_mesh,
-  default_config,
-  from_config_dict,
-  parse_variant,
-)
+from spo_jax.config import Config, default_config, parse_variant
+from spo_jax.config_check import check_field, check_mesh, from_config_dict
 from spo_jax.errors import UserError
 
 

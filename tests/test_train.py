@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import grpo, spo_chain, spo_tree
-from spo_jax.config import from_config_dict
+from spo_jax.config_check import from_config_dict
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.progress import Progress
 from spo_jax.main import claim_workdir

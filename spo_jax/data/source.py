@@ -64,22 +64,23 @@ def load_split(
     raise UserError(f"data set '{name}' has no split '{split}', it has: {known}") from error
   if size == 0:
     raise UserError(f"split '{split}' of data set '{name}/{variant}' is empty, it has: {known}")
-  return _Records(builder.as_data_source(split=split))
+  return _Records(builder.as_data_source(split=split), range(size))
 
 
 class _Records(Sequence):
-  """A TFDS data source with texts as `str` and negative positions."""
+  """Chosen records of a source, with random access; texts are `str`."""
 
-  def __init__(self, source):
+  def __init__(self, source, positions: Sequence[int]):
     self._source = source
+    self._positions = positions
 
   def __len__(self):
-    return len(self._source)
+    return len(self._positions)
 
   def __getitem__(self, index):
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
-    record = self._source[range(len(self))[index]]
+    record = self._source[self._positions[index]]
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
 
 
@@ -191,22 +192,6 @@ def make_iterator(
   return PromptIterator(source, batch_size=batch_size, seed=seed, replacement=replacement)
 
 
-class _Selection(Sequence):
-  """Some records of a source, in its order."""
-
-  def __init__(self, source, positions):
-    self._source = source
-    self._positions = positions
-
-  def __len__(self):
-    return len(self._positions)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    return self._source[self._positions[index]]
-
-
 def keep_short_prompts(
   records: Sequence[dict[str, Any]], tokenizer, template: prompts.Template, max_length: int
 ) -> Sequence[dict[str, Any]]:
@@ -223,7 +208,7 @@ def keep_short_prompts(
       f"all {len(lengths)} prompts are longer than the {max_length} tokens of "
       f"config.rollout.max_prompt_tokens; the shortest has {min(lengths)}"
     )
-  return records if len(positions) == len(lengths) else _Selection(records, positions)
+  return records if len(positions) == len(lengths) else _Records(records, positions)
 
 
 def encode_prompts(
