@@ -36,6 +36,7 @@ OPTIMIZER = OptimizerConfig(
   learning_rate=1e11,
   warmup_steps=0,
   decay_steps=0,
+  decay="cosine",
   clip_norm=1e9,
   weight_decay=0.0,
   b1=0.9,

@@ -1,39 +1,50 @@
-"""GRPO (arXiv 2402.03300) on the embedded task, the baseline: one advantage a response, from the
-group of its prompt.
+"""GRPO (arXiv 2402.03300), the baseline: one advantage a response, from the group of its prompt.
 
 A group is a tree of one level, so this is the same code as SPO-tree with other settings: advantages
-are divided by the group's deviation, and every response token is trained.
+are divided by the group's deviation, and every response token is trained. The default is the
+embedded task; the paper's experiments are in `experiments.py`.
 
   python -m spo_jax.main --config=configs/grpo.py --workdir=runs/grpo
+  python -m spo_jax.main --config=configs/grpo.py:qwen1.5b_math --workdir=runs/qwen_grpo
 
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
+from configs.experiments import EXPERIMENTS, PROMPTS, SAMPLES, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
 # Variant of the data, and the longest response.
-VARIANTS = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
+EMBEDDED = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
+VARIANTS = {**EMBEDDED, **EXPERIMENTS}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default) or `filler`."""
+  """The config of a variant: `arithmetic` (default), `filler`, or one of the paper's."""
   config = default_config()
-  data_variant, max_response_tokens = VARIANTS[parse_variant(variant, VARIANTS, "arithmetic")]
+  name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0
-  config.iterations = 240
+  config.rollout.strategy = "group"
+  config.advantage.kind = "normalized"
+  config.loss.use_probability_mask = False
+  if name in EMBEDDED:
+    embedded(config, *EMBEDDED[name])
+  else:
+    paper(config, EXPERIMENTS[name])
+  return config
 
+
+def embedded(config, data: str, max_response_tokens: int) -> None:
+  """GRPO on the embedded task."""
+  config.iterations = 240
   config.data.name = "arithmetic"
-  config.data.variant = data_variant
+  config.data.variant = data
   config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
 
-  config.rollout.strategy = "group"
   config.rollout.prompts = 64
   config.rollout.samples = 8
   config.rollout.max_response_tokens = max_response_tokens
   config.rollout.temperature = 1.0
 
-  config.advantage.kind = "normalized"
-  config.loss.use_probability_mask = False
   config.loss.scaling = "none"
   config.loss.epsilon_low = config.loss.epsilon_high = 0.2
   config.loss.kl_coef = 1e-4
@@ -43,4 +54,14 @@ def get_config(variant: str | None = None):
   updates = config.get_ref("iterations") * config.get_ref("minibatches")
   config.optimizer.decay_steps = updates  # cosine, to 0
   config.optimizer.clip_norm = 1.0
-  return config
+
+
+def paper(config, experiment: Experiment) -> None:
+  """GRPO as the paper's baseline."""
+  apply(config, experiment)
+  config.minibatches = experiment.chain_updates
+  config.epochs = experiment.chain_epochs
+  config.rollout.prompts = PROMPTS
+  config.rollout.samples = SAMPLES
+  config.rollout.slots = PROMPTS
+  set_schedule(config)

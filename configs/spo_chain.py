@@ -1,34 +1,52 @@
-"""SPO-chain (arXiv 2505.23564) on the embedded task: five-step arithmetic with a chain of thought.
+"""SPO-chain (arXiv 2505.23564): trajectories are cut before every k-th token that the policy gave a
+probability below 0.9; V(cut) = mean reward of probe rollouts from there; A(segment) = V(end) -
+V(start); the loss sees those unlikely tokens alone.
 
-Trajectories are cut before every k-th token that the policy gave a probability below 0.9; V(cut) =
-mean reward of probe rollouts from there; A(segment) = V(end) - V(start); the loss sees those
-unlikely tokens alone.
-
-Needs nothing but a CPU. `benchmarks/RESULTS.md` tells what it reaches.
+The default is the embedded task, five-step arithmetic with a chain of thought, and needs nothing
+but a CPU. `benchmarks/RESULTS.md` tells what it reaches. The paper's experiments, and what they
+need, are in `experiments.py`.
 
   python -m spo_jax.main --config=configs/spo_chain.py --workdir=runs/spo_chain
+  python -m spo_jax.main --config=configs/spo_chain.py:rho1b_gsm8k --workdir=runs/rho
 
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
+from configs.experiments import EXPERIMENTS, PROMPTS, SAMPLES, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
 # Variant of the data, and the longest response.
-VARIANTS = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
+EMBEDDED = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
+# The paper's other intervals: cutpoints a segment.
+INTERVALS = {f"rho1b_gsm8k_int{k}": k for k in (2, 10, 100)}
+VARIANTS = {**EMBEDDED, **EXPERIMENTS, **{name: EXPERIMENTS["rho1b_gsm8k"] for name in INTERVALS}}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default) or `filler`."""
+  """The config of a variant: `arithmetic` (default), `filler`, or one of the paper's."""
   config = default_config()
-  data_variant, max_response_tokens = VARIANTS[parse_variant(variant, VARIANTS, "arithmetic")]
+  name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0
-  config.iterations = 240
+  config.rollout.strategy = "chain"
+  config.partition.kind = "adaptive"
+  config.advantage.kind = "difference"
+  config.probability_threshold = 0.9
+  config.loss.use_probability_mask = True
+  if name in EMBEDDED:
+    embedded(config, *EMBEDDED[name])
+  else:
+    experiment = VARIANTS[name]
+    paper(config, experiment, INTERVALS.get(name, experiment.chain_interval))
+  return config
 
+
+def embedded(config, data: str, max_response_tokens: int) -> None:
+  """SPO-chain on the embedded task."""
+  config.iterations = 240
   config.data.name = "arithmetic"
-  config.data.variant = data_variant
+  config.data.variant = data
   config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
 
-  config.rollout.strategy = "chain"
   config.rollout.prompts = 48
   config.rollout.samples = 2
   config.rollout.probes = 4
@@ -37,11 +55,7 @@ def get_config(variant: str | None = None):
   config.rollout.temperature = 1.0
   config.rollout.slots = 96
 
-  config.partition.kind = "adaptive"
   config.partition.interval = 2  # cutpoints a segment; responses here have 5 to 10
-  config.advantage.kind = "difference"
-  config.probability_threshold = 0.9
-  config.loss.use_probability_mask = True
   config.loss.scaling = "none"
   config.loss.epsilon_low = config.loss.epsilon_high = 0.2
   config.loss.kl_coef = 1e-4
@@ -50,4 +64,20 @@ def get_config(variant: str | None = None):
   updates = config.get_ref("iterations") * config.get_ref("minibatches")
   config.optimizer.decay_steps = updates  # cosine, to 0
   config.optimizer.clip_norm = 1.0
-  return config
+
+
+def paper(config, experiment: Experiment, interval: int) -> None:
+  """SPO-chain as in the paper.
+
+  The reference probes at most the first 25 cuts of a trajectory; here all of them are probed.
+  """
+  apply(config, experiment)
+  config.minibatches = experiment.chain_updates
+  config.epochs = experiment.chain_epochs
+  config.rollout.prompts = PROMPTS
+  config.rollout.samples = SAMPLES
+  config.rollout.probes = experiment.probes
+  config.rollout.cuts_per_group = 2
+  config.rollout.slots = 128  # trajectories whose probes are decoded at a time
+  config.partition.interval = interval
+  set_schedule(config)

@@ -25,7 +25,7 @@ class DataConfig:
   template: str = "plain"  # key of prompts.TEMPLATES, "chat", or a text with {question}
   system: str = ""  # system turn of the template "chat"
   replacement: bool = False  # draw each batch from the whole split, not by epochs
-  tokenizer: str = ""  # folder of a Hugging Face tokenizer; "" is the embedded task's
+  tokenizer: str = ""  # folder of a Hugging Face tokenizer; "" is config.model's own
   grader: str = "numbers"  # a name of rewards/registry.py, or MODULE:FUNCTION of your own
   repeated_marker_reward: float = 0.0  # of a response with two or more `####`; 0: as graded
   # The rest is for graders that run in processes of their own, as "math" does.
@@ -35,8 +35,8 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Geometry of the decoder; its vocabulary is the tokenizer's."""
+class NewModelConfig:
+  """Geometry of a decoder that starts from random parameters; its vocabulary is the tokenizer's."""
 
   width: int = 64
   layers: int = 2
@@ -47,8 +47,14 @@ class ModelConfig:
   rope_theta: float = 10000.0
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
-  dtype: str = "float32"  # of activations and matmuls; parameters are float32
-  remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How the decoder computes, whatever its geometry."""
+
+  dtype: str = "float32"  # of activations, matmuls and caches; parameters are float32
+  remat: bool = False  # recompute each block in the backward pass, which saves memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,7 @@ class OptimizerConfig:
   learning_rate: float = 4e-4
   warmup_steps: int = 0  # updates
   decay_steps: int = 0  # updates; 0 keeps the rate constant
+  decay: str = "cosine"  # or "linear"
   clip_norm: float = 1.0
   weight_decay: float = 0.0
   b1: float = 0.9
@@ -152,6 +159,7 @@ class EvalConfig:
   split: str = "test"
   every: int = 30  # iterations; the first and the last policy are evaluated in any case
   prompts: int = 512
+  batch: int = 512  # prompts that are prefilled together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +174,7 @@ class CheckpointConfig:
 class MeshConfig:
   """Axes of the device mesh."""
 
-  data: int = -1  # -1 takes all devices that the other axes leave
+  data: int = -1  # -1 takes all devices that the other axes leave; so it may for one of them
   fsdp: int = 1
   tensor: int = 1
 
@@ -177,10 +185,13 @@ class Config:
 
   seed: int = 0
   iterations: int = 200
-  minibatches: int = 1  # updates an iteration, each on its share of the packed rows
+  minibatches: int = 1  # updates an epoch, each on its share of the packed rows
+  epochs: int = 1  # times that an iteration's batch is trained on
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
+  model: str = ""  # folder or hub id of a Hugging Face model; "" is a new one, of `new_model`
   data: DataConfig = DataConfig()
-  model: ModelConfig = ModelConfig()
+  new_model: NewModelConfig = NewModelConfig()
+  compute: ComputeConfig = ComputeConfig()
   warm_start: WarmStartConfig = WarmStartConfig()
   warm_start_optimizer: OptimizerConfig = OptimizerConfig(
     learning_rate=4e-3, warmup_steps=20, b2=0.99
@@ -226,9 +237,33 @@ class Config:
     return total
 
 
-def default_config() -> ml_collections.ConfigDict:
-  """The defaults as a ConfigDict, for config files to start from."""
-  return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """A model's accuracy on a data set: `python -m spo_jax.evaluate`."""
+
+  model: str = ""  # folder or hub id of a Hugging Face model
+  seed: int = 0
+  split: str = "test"
+  problems: int = 0  # the first so many of the split; 0 is all
+  samples: int = 1  # responses a problem
+  temperature: float = 0.6  # 0 is greedy
+  top_k: int = 0  # 0 keeps all
+  top_p: float = 0.95  # 1 keeps all
+  max_prompt_tokens: int = 512
+  # Budgets of prompt and response together. Responses are sampled once, with the largest; for the
+  # others they are cut, which is what sampling with that budget would have given.
+  contexts: tuple[int, ...] = (2048, 4096)
+  batch: int = 32  # prompts that are prefilled together; kept on disk when they are done
+  slots: int = 32  # most prompts whose responses are decoded at a time
+  refill_share: float = 0.25  # waiting prompts enter when this share of the slots is idle
+  data: DataConfig = DataConfig()
+  compute: ComputeConfig = ComputeConfig()
+  mesh: MeshConfig = MeshConfig()
+
+
+def default_config(config_class: type = Config) -> ml_collections.ConfigDict:
+  """The defaults of `Config` or `EvaluationConfig`, for config files to start from."""
+  return ml_collections.ConfigDict(dataclasses.asdict(config_class()))
 
 
 def parse_variant(variant: str | None, known: dict[str, Any], default: str) -> str:

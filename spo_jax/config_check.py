@@ -10,15 +10,22 @@ from typing import Any
 
 import ml_collections
 
-from spo_jax.config import Config
+from spo_jax.config import (
+  Config,
+  DataConfig,
+  EvaluationConfig,
+  NewModelConfig,
+  RolloutConfig,
+)
 from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
 
 _POSITIVE = (
   "iterations",
   "minibatches",
+  "epochs",
   "probability_threshold",
-  "model.layers",
+  "new_model.layers",
   "optimizer.learning_rate",
   "rollout.prompts",
   "rollout.samples",
@@ -34,6 +41,7 @@ _POSITIVE = (
   "packing.logprob_chunk",
   "eval.every",
   "eval.prompts",
+  "eval.batch",
   "checkpoint.every",
   "checkpoint.keep",
   "data.grader_timeout_s",
@@ -49,35 +57,46 @@ _CHOICES = {
   "loss.scaling": ("whiten", "rescale", "none"),
   # "seq_control_variate" sums over a row, and a packed row holds many responses.
   "loss.kl_estimator": ("kl", "abs", "mse", "control_variate"),
-  "model.dtype": ("float32", "bfloat16"),
+  "optimizer.decay": ("cosine", "linear"),
+  "warm_start_optimizer.decay": ("cosine", "linear"),
+  "compute.dtype": ("float32", "bfloat16"),
 }
-_SPLIT_BATCHES = (
-  "rollout.prompts",
-  "rollout.slots",
-  "packing.rows",
-  "eval.prompts",
-  "warm_start.eval_prompts",
+_EVALUATION_POSITIVE = (
+  "samples",
+  "max_prompt_tokens",
+  "batch",
+  "slots",
+  "data.grader_timeout_s",
+  "data.grader_memory_mb",
 )
+_SPLIT_BATCHES = ("rollout.prompts", "rollout.slots", "packing.rows", "eval.batch")
+_EVALUATION_BATCHES = ("batch", "slots")
+
+C = typing.TypeVar("C", Config, EvaluationConfig)
 
 
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-  """The typed config of a run, checked.
+def from_config_dict(config: ml_collections.ConfigDict, config_class: type[C]) -> C:
+  """The typed config of a command, checked.
+
+  Args:
+    config: what the user wrote.
+    config_class: `Config` or `EvaluationConfig`.
 
   Raises:
     UserError: if a field is missing, unknown, of another type, or has a value that cannot work.
   """
-  built = _build(Config, config.to_dict(), "config")
-  _check(built)
+  built = _build(config_class, config.to_dict(), "config")
+  _CHECKS[config_class](built)
   return built
 
 
-def check_field(path: str) -> None:
-  """Checks that a dotted name, such as `rollout.prompts`, is a field of the config.
+def check_field(config_class: type, path: str) -> None:
+  """Checks that a dotted name, such as `rollout.prompts`, is a field of a config.
 
   Raises:
     UserError: if it is not, with the nearest name that is.
   """
-  cls, where = Config, "config"
+  cls, where = config_class, "config"
   for name in path.split("."):
     if not dataclasses.is_dataclass(cls):
       raise UserError(f"{where} is a {cls.__name__} and has no field {name!r}")
@@ -119,21 +138,51 @@ def _convert(kind, value, where: str):
   return value
 
 
-def _check(config: Config) -> None:
-  for name in _POSITIVE:
-    value = _field(config, name)
-    _need(value > 0, f"config.{name} is {value}, it must be positive")
-  for name, known in _CHOICES.items():
-    value = _field(config, name)
-    _need(value in known, f"config.{name} is {value!r}, it must be one of: {', '.join(known)}")
-  _check_data(config)
-  _check_model(config)
+def _check_training(config: Config) -> None:
+  _check_positive(config, _POSITIVE)
+  _check_choices(config, _CHOICES)
+  _check_data(config.data)
+  _check_new_model(config)
   _check_optimizers(config)
   _check_rollout(config)
   _check_packing(config)
 
 
-def _field(config: Config, name: str):
+def _check_evaluation(config: EvaluationConfig) -> None:
+  _need(config.model != "", "config.model names no model: give a folder or a hub id")
+  _check_positive(config, _EVALUATION_POSITIVE)
+  _check_choices(config, {"compute.dtype": _CHOICES["compute.dtype"]})
+  _check_data(config.data)
+  _check_top(config)
+  _need(
+    config.temperature >= 0,
+    f"config.temperature is {config.temperature}, it must be 0 (greedy) or more",
+  )
+  _need(
+    config.temperature > 0 or config.samples == 1,
+    f"config.samples is {config.samples}: greedy responses (config.temperature 0) are all the same",
+  )
+  shortest = min(config.contexts, default=0)
+  _need(
+    shortest > config.max_prompt_tokens,
+    f"config.contexts {config.contexts}: each must hold a prompt of config.max_prompt_tokens "
+    f"{config.max_prompt_tokens} and a response",
+  )
+
+
+def _check_positive(config, names: tuple[str, ...]) -> None:
+  for name in names:
+    value = _field(config, name)
+    _need(value > 0, f"config.{name} is {value}, it must be positive")
+
+
+def _check_choices(config, choices: dict[str, tuple[str, ...]]) -> None:
+  for name, known in choices.items():
+    value = _field(config, name)
+    _need(value in known, f"config.{name} is {value!r}, it must be one of: {', '.join(known)}")
+
+
+def _field(config, name: str):
   return functools.reduce(getattr, name.split("."), config)
 
 
@@ -142,8 +191,7 @@ def _need(condition: bool, message: str) -> None:
     raise UserError(message)
 
 
-def _check_data(config: Config) -> None:
-  data = config.data
+def _check_data(data: DataConfig) -> None:
   _need(
     data.name == "json" or (data.question_field, data.answer_field) == ("question", "answer"),
     f"config.data.question_field and answer_field are of the data set 'json', not '{data.name}'",
@@ -153,13 +201,18 @@ def _check_data(config: Config) -> None:
   _need(workers >= 0, f"config.data.grader_workers is {workers}, it must be 0 (one a core) or more")
 
 
-def _check_model(config: Config) -> None:
-  model = config.model
+def _check_new_model(config: Config) -> None:
+  new = config.new_model
   _need(
-    model.heads % model.kv_heads == 0,
-    f"config.model: heads {model.heads} must be a multiple of kv_heads {model.kv_heads}",
+    not config.model or new == NewModelConfig(),
+    f"config.new_model is of a model that starts from random parameters, and config.model is "
+    f"{config.model!r}: set one of the two",
   )
-  _need(model.head_dim % 2 == 0, f"config.model.head_dim {model.head_dim} must be even (RoPE)")
+  _need(
+    new.heads % new.kv_heads == 0,
+    f"config.new_model: heads {new.heads} must be a multiple of kv_heads {new.kv_heads}",
+  )
+  _need(new.head_dim % 2 == 0, f"config.new_model.head_dim {new.head_dim} must be even (RoPE)")
 
 
 def _check_optimizers(config: Config) -> None:
@@ -175,14 +228,19 @@ def _check_optimizers(config: Config) -> None:
 def _check_rollout(config: Config) -> None:
   rollout = config.rollout
   _need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
-  _need(0 < rollout.top_p <= 1, f"config.rollout.top_p is {rollout.top_p}, it must be in (0, 1]")
-  _need(rollout.top_k >= 0, f"config.rollout.top_k is {rollout.top_k}, it must be 0 (all) or more")
+  _check_top(rollout, "rollout.")
   _need(
     len(config.branches) == len(config.budgets) and min((*config.branches, *config.budgets)) > 0,
     f"config.rollout: branches {config.branches} need segment_tokens for all levels but the last, "
     f"which takes what max_response_tokens {rollout.max_response_tokens} leaves; "
     f"budgets are {config.budgets}",
   )
+
+
+def _check_top(sampling: RolloutConfig | EvaluationConfig, where: str = "") -> None:
+  top_p, top_k = sampling.top_p, sampling.top_k
+  _need(0 < top_p <= 1, f"config.{where}top_p is {top_p}, it must be in (0, 1]")
+  _need(top_k >= 0, f"config.{where}top_k is {top_k}, it must be 0 (all) or more")
 
 
 def _check_packing(config: Config) -> None:
@@ -198,16 +256,20 @@ def _check_packing(config: Config) -> None:
   )
 
 
-def check_mesh(config: Config, row_shards: int) -> None:
+def check_mesh(config: Config | EvaluationConfig, row_shards: int) -> None:
   """Checks that every batch can be split over the mesh.
 
   Raises:
     UserError: naming the batch that cannot, and both numbers.
   """
-  for name in _SPLIT_BATCHES:
+  names = _SPLIT_BATCHES if isinstance(config, Config) else _EVALUATION_BATCHES
+  for name in names:
     size = _field(config, name)
     _need(
       size % row_shards == 0,
       f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are "
       f"{row_shards}: use a multiple of {row_shards}",
     )
+
+
+_CHECKS = {Config: _check_training, EvaluationConfig: _check_evaluation}

@@ -1,42 +1,174 @@
-"""Accuracy of a policy on a fixed set of problems: sampled and greedy."""
+"""Evaluation of a model: `python -m spo_jax.evaluate --config=configs/eval.py:math500
+--config.model=DIR --workdir=runs/math500`.
 
-from collections.abc import Sequence
+Every response is kept in WORKDIR/responses.jsonl, a line a problem; `summary.json` and the table on
+screen are made of it. The same command with the same workdir goes on where it was stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from absl import flags
 
-from spo_jax.run import Run
-from spo_jax.sampling.strategies import grow_tree
+from spo_jax import command_line, rewards
+from spo_jax.config import EvaluationConfig
+from spo_jax.config_check import check_mesh, from_config_dict
+from spo_jax.evaluation import respond
+from spo_jax.forest import Forest
+from spo_jax.infra.mesh import make_mesh, row_shards
+from spo_jax.infra.progress import Progress
+from spo_jax.models.families import config_from_hf
+from spo_jax.models.pretrained import check_tensors, find_pretrained, load_params
+from spo_jax.sampling.sampler import Sampler
+from spo_jax.sampling.token import SamplingConfig
+from spo_jax.scores import scores, table
+from spo_jax.task import Task, open_task
+
+RESPONSES_FILE, SUMMARY_FILE = "responses.jsonl", "summary.json"
+
+flags.mark_flag_as_required("workdir")
 
 
-def held_out(run: Run, split: str, count: int) -> list[dict[str, Any]]:
-  """The first `count` records of a split, or all of them if there are fewer."""
-  records = run.split(split)
-  return [records[i] for i in range(min(count, len(records)))]
+def evaluate_from_flags() -> None:
+  """Checks the config, claims the workdir, samples what is missing, prints the table."""
+  config = from_config_dict(command_line.CONFIG.value, EvaluationConfig)
+  workdir = pathlib.Path(command_line.WORKDIR.value).absolute()
+  command_line.claim_workdir(workdir, dataclasses.asdict(config))
+  with Progress(1) as progress:
+    summary = evaluate_model(config, workdir, progress)
+    for line in table(summary):
+      progress.note(line)
 
 
-def accuracy(
-  run: Run, params: Any, records: Sequence[dict[str, Any]], *, temperature: float
-) -> float:
-  """Share of problems that one response each solves; temperature 0 is greedy.
+def evaluate_model(
+  config: EvaluationConfig, workdir: pathlib.Path, progress: Progress
+) -> dict[str, Any]:
+  """Samples and grades what the workdir does not hold yet.
 
-  A problem's random numbers depend on its id alone, so evaluations of one set differ by the policy
-  only.
+  Returns:
+    The summary, as `summary.json` has it; see `scores.py`.
+
+  Raises:
+    UserError: if model, data or mesh do not fit each other.
   """
-  sampler = run.sampler(temperature=temperature, truncate=False)
-  prompts = run.prompts(records, run.key("eval"), "id")
-  budget = run.config.rollout.max_response_tokens
-  forest = grow_tree(sampler, params, prompts, branches=(1,), budgets=(budget,))
-  leaves = np.flatnonzero(forest.leaf)
-  rewards, _ = run.grade(forest, records, leaves)
-  return float(np.mean(rewards))
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  check_mesh(config, row_shards(mesh))
+  pretrained = find_pretrained(config.model)
+  model = config_from_hf(pretrained.hf, dtype=config.compute.dtype, remat=config.compute.remat)
+  check_tensors(pretrained, model)
+  task = open_task(
+    config.data,
+    max_prompt_tokens=config.max_prompt_tokens,
+    workdir=workdir,
+    model_folder=pretrained.folder,
+    vocab_size=model.vocab_size,
+    note=progress.note,
+  )
+  with contextlib.closing(task):
+    records = task.held_out(config.split, config.problems)
+    path = workdir / RESPONSES_FILE
+    done = _read_whole_batches(path, config.batch, len(records))
+    if done < len(records):
+      if done:
+        progress.note(f"resumed after {done} of {len(records)} problems")
+      sampler = Sampler(
+        cfg=model,
+        mesh=mesh,
+        stop_ids=task.stop_ids,
+        sampling=SamplingConfig(config.temperature, config.top_k, config.top_p),
+        slots=config.slots,
+        refill_share=config.refill_share,
+      )
+      params = load_params(pretrained, model, mesh)
+      with progress.bar("problems", total=len(records)) as advance, path.open("a") as file:
+        advance(done)
+        for lines in _answer(config, task, sampler, params, records[done:]):
+          file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+          file.flush()
+          os.fsync(file.fileno())
+          advance(len(lines))
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  summary = {"model": config.model, "data": config.data.name, "split": config.split}
+  summary |= scores(lines, config.contexts)
+  (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+  return summary
 
 
-def evaluate(run: Run, params: Any, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-  """Evaluation metrics of a policy."""
-  with run.progress.bar("evaluation", total=2) as advance:
-    sampled = accuracy(run, params, records, temperature=run.config.rollout.temperature)
-    advance(1)
-    greedy = accuracy(run, params, records, temperature=0.0)
-    advance(1)
-  return {"eval/accuracy": sampled, "eval/accuracy_greedy": greedy}
+def _read_whole_batches(path: pathlib.Path, batch: int, problems: int) -> int:
+  """How many problems a file of responses holds; it is cut behind its last whole batch.
+
+  Batches are repeated whole, so that a resumed evaluation computes in the shapes, and so to the
+  last bit the numbers, of one that ran through.
+  """
+  if not path.exists():
+    return 0
+  kept = path.read_bytes().split(b"\n")[:-1]  # behind the last line end stands nothing, or a torso
+  whole = len(kept) if len(kept) >= problems else len(kept) // batch * batch
+  unfinished = path.with_suffix(".tmp")
+  unfinished.write_bytes(b"".join(line + b"\n" for line in kept[:whole]))
+  os.replace(unfinished, path)
+  return whole
+
+
+def _answer(
+  config: EvaluationConfig,
+  task: Task,
+  sampler: Sampler,
+  params: Any,
+  records: Sequence[dict[str, Any]],
+) -> Iterator[list[dict[str, Any]]]:
+  """Lines of `responses.jsonl`, a batch at a time."""
+  read_vote = rewards.find_vote(config.data.grader)
+  batches = respond(
+    task,
+    sampler,
+    params,
+    records,
+    jax.random.key(config.seed),
+    samples=config.samples,
+    max_new_tokens=max(config.contexts) - 1,
+    batch=config.batch,
+  )
+  for chunk, forest, leaves in batches:
+    lines = [_line(*pair, forest) for pair in zip(chunk, leaves, strict=True)]
+    of_line = [line for line in lines for _ in line["responses"]]
+    responses = [response for line in lines for response in line["responses"]]
+    tokens = [forest.response(leaf) for leaf in leaves.reshape(-1)]
+    for context in sorted(config.contexts):
+      room = [context - line["prompt_tokens"] for line in of_line]
+      texts = task.texts([ids[:most] for ids, most in zip(tokens, room, strict=True)])
+      graded, failed = task.grade(texts, [line["answer"] for line in of_line])
+      for i, response in enumerate(responses):
+        response["text"] = texts[i]  # the largest context comes last
+        response["at"][str(context)] = {
+          "reward": float(graded[i]),
+          "vote": read_vote(texts[i]) if read_vote else None,
+          "truncated": not response["finished"] or response["tokens"] > room[i],
+          "grader_failed": bool(failed[i]),
+        }
+    yield lines
+
+
+def _line(record: dict[str, Any], leaves: np.ndarray, forest: Forest) -> dict[str, Any]:
+  """A problem and its responses, not graded yet."""
+  line = {name: record.get(name, "") for name in ("id", "key", "subject", "level")}
+  line |= {"question": record["question"], "answer": record["answer"]}
+  line["prompt_tokens"] = int(forest.lengths[forest.tree[leaves[0]]])
+  line["responses"] = [
+    {"tokens": len(forest.response(leaf)), "finished": bool(forest.finished[leaf]), "at": {}}
+    for leaf in leaves
+  ]
+  line["id"] = int(line["id"])
+  return line
+
+
+if __name__ == "__main__":
+  sys.exit(command_line.run_command(sys.argv, EvaluationConfig, evaluate_from_flags))

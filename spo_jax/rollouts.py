@@ -52,7 +52,7 @@ def _nodes(run: Run, forest: Forest, rewards, estimated: Estimate, tree: int):
     nodes.append(
       {
         "parent": -1 if root else number[int(forest.parent[node])],
-        "tokens": _pieces(run.tokenizer, tokens),
+        "tokens": _pieces(run.task.tokenizer, tokens),
         "probs": [] if root else np.exp(forest.logprobs[begin:end]).round(4).tolist(),
         "value": float(estimated.values[node]) if estimated.known[node] else None,
         "advantage": None if root or forest.probe[node] else float(estimated.advantages[node]),

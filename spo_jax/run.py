@@ -1,32 +1,31 @@
-"""What a run works with, made once from its config: tokenizer, mesh, model, prompts, samplers."""
+"""What a training run works with, made once from its config: task, mesh, model, samplers."""
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 
-from spo_jax import rewards
-from spo_jax.config import Config, ModelConfig
+from spo_jax.config import ComputeConfig, Config, NewModelConfig
 from spo_jax.config_check import check_mesh
-from spo_jax.data import prompts as prompting
-from spo_jax.data import source
-from spo_jax.data.sets import Fields
-from spo_jax.data.tokenizer import check_tokenizer, load_tokenizer
 from spo_jax.errors import UserError
-from spo_jax.forest import Forest
 from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
 from spo_jax.models.decoder import DecoderConfig, LayerKind, init_params
+from spo_jax.models.families import config_from_hf
+from spo_jax.models.pretrained import (
+  Pretrained,
+  check_tensors,
+  export_model,
+  find_pretrained,
+  llama_config,
+  load_params,
+)
 from spo_jax.models.rope import Rope
 from spo_jax.sampling.sampler import Sampler
-from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
-from spo_jax.training.optimizer import OptimizerConfig
-from spo_jax.training.step import TrainState, init_state
+from spo_jax.task import Task, open_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,49 +34,16 @@ class Run:
 
   config: Config
   workdir: pathlib.Path
-  tokenizer: Any  # a Hugging Face tokenizer
+  progress: Progress
   mesh: jax.sharding.Mesh
   model: DecoderConfig
-  progress: Progress
-  grader: rewards.Grader | rewards.GraderPool
-  template: prompting.Template  # of prompts
-  stop_ids: tuple[int, ...]  # see `prompts.stop_ids`; sampling ends a response at the first alone
-  _splits: dict[str, Sequence[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+  pretrained: Pretrained | None  # None: parameters are random at first
+  task: Task
 
   def key(self, stream: str) -> jax.Array:
     """The root key of a named stream of random numbers."""
     streams = ("params", "rollout", "eval", "warm_start")
     return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
-
-  def split(self, name: str) -> Sequence[dict[str, Any]]:
-    """Records of a split, without those whose prompts are too long; see `source.load_split`.
-
-    The embedded task's prompts fit, and a prompt that does not is a mistake.
-    """
-    if name not in self._splits:
-      self._splits[name] = self._load_split(name)
-    return self._splits[name]
-
-  def _load_split(self, name: str) -> Sequence[dict[str, Any]]:
-    data = self.config.data
-    records = source.load_split(
-      data.name,
-      data.variant,
-      name,
-      data.data_dir or str(self.workdir / "data"),
-      manual_dir=data.manual_dir,
-      fields=Fields(data.question_field, data.answer_field),
-    )
-    if data.name == source.EMBEDDED:
-      return records
-    limit = self.config.rollout.max_prompt_tokens
-    kept = source.keep_short_prompts(records, self.tokenizer, self.template, limit)
-    if dropped := len(records) - len(kept):
-      self.progress.note(
-        f"{data.name} {name}: {dropped} of {len(records)} prompts have more than {limit} tokens "
-        "and are left out"
-      )
-    return kept
 
   def sampler(self, *, temperature: float, truncate: bool) -> Sampler:
     """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
@@ -90,97 +56,74 @@ class Run:
     return Sampler(
       cfg=self.model,
       mesh=self.mesh,
-      eos_id=self.stop_ids[0],
+      stop_ids=self.task.stop_ids,
       sampling=sampling,
       slots=rollout.slots,
       refill_share=rollout.refill_share,
     )
 
-  def prompts(self, records: Sequence[dict[str, Any]], key: jax.Array, ids: str) -> Prompts:
-    """Tokenises records; a prompt's key is folded from its field `ids`, whatever the batch is."""
-    tokens, lengths = source.encode_prompts(
-      self.tokenizer,
-      [r["question"] for r in records],
-      self.config.rollout.max_prompt_tokens,
-      self.template,
-    )
-    numbers = np.asarray([int(r[ids]) for r in records], np.uint32)
-    return Prompts(tokens, lengths, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
-
-  def grade(
-    self,
-    forest: Forest,
-    records: Sequence[dict[str, Any]],
-    leaves: np.ndarray,
-    *,
-    shaped: bool = False,
-  ) -> tuple[np.ndarray, int]:
-    """Rewards of leaves, each on its response alone; and how many times the grader failed.
-
-    Args:
-      forest: the rollout; tree i answers `records[i]`.
-      records: with the field `answer`.
-      leaves: [k] node ids.
-      shaped: rewards to train on, with the config's penalty of format; else those that count.
-
-    Returns:
-      ([k] float32, failures).
-    """
-    texts = self.tokenizer.batch_decode(
-      [forest.response(leaf) for leaf in leaves], skip_special_tokens=True
-    )
-    answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
-    graded, failures = rewards.grade_all(texts, answers, self.grader)
-    if shaped:
-      graded = rewards.shape(graded, texts, self.config.data.repeated_marker_reward)
-    return graded, failures
-
-  def close(self) -> None:
-    """Ends the grader's processes."""
-    rewards.close_grader(self.grader)
-
-  def initial_state(self, optimizer: OptimizerConfig) -> TrainState:
-    """Random parameters and an empty optimiser, sharded from the start."""
+  def initial_params(self) -> Any:
+    """The checkpoint's parameters, or random ones; sharded from the start."""
+    if self.pretrained is not None:
+      return load_params(self.pretrained, self.model, self.mesh)
     key = self.key("params")
     shapes = jax.eval_shape(lambda: init_params(self.model, key))
     make = lambda: nn.unbox(init_params(self.model, key))
-    params = jax.jit(make, out_shardings=param_shardings(self.mesh, shapes))()
-    return init_state(params, optimizer)
+    return jax.jit(make, out_shardings=param_shardings(self.mesh, shapes))()
+
+  def export(self, params: Any, folder: pathlib.Path) -> None:
+    """Writes the policy as a Hugging Face model; see `pretrained.export_model`."""
+    if self.pretrained is not None:
+      hf = self.pretrained.hf
+    else:
+      hf = llama_config(self.model, sum(self.config.longest_segments))
+    export_model(params, self.model, hf, self.task.tokenizer, folder, source=self.pretrained)
+    self.progress.note(f"exported: {folder}")
+
+  def close(self) -> None:
+    """Ends the grader's processes."""
+    self.task.close()
 
 
 def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   """Builds the parts of a run and checks them against each other. The caller closes it.
 
   Raises:
-    UserError: if a batch does not divide over the mesh, the tokenizer lacks a token or does not
-      go with the template, or the grader is unknown or cannot be loaded.
+    UserError: if a batch does not divide over the mesh, or the model cannot be used; see
+      `open_task` for what the data may lack.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
-  tokenizer = load_tokenizer(config.data.tokenizer, work_dir=str(workdir))
-  check_tokenizer(tokenizer, len(tokenizer))
-  template = prompting.parse_template(config.data.template, config.data.system)
-  template.render(tokenizer, "?")  # a chat template may be missing, or refuse a system turn
-  stop_ids = prompting.stop_ids(tokenizer, template, config.data.tokenizer)
-  if len(stop_ids) > 1:
-    used, *others = tokenizer.convert_ids_to_tokens(stop_ids)
-    progress.note(f"responses end at {used}; at {', '.join(others)} sampling does not stop")
-  model = decoder_config(config.model, len(tokenizer))
-  data = config.data
-  grader = rewards.open_grader(
-    data.grader,
-    workers=data.grader_workers,
-    timeout_s=data.grader_timeout_s,
-    memory_mb=data.grader_memory_mb,
+  pretrained = model = None
+  if config.model:
+    pretrained = find_pretrained(config.model)
+    model = pretrained_decoder(pretrained, config.compute)
+    check_tensors(pretrained, model)
+  task = open_task(
+    config.data,
+    max_prompt_tokens=config.rollout.max_prompt_tokens,
+    workdir=workdir,
+    model_folder=pretrained and pretrained.folder,
+    vocab_size=model and model.vocab_size,
+    note=progress.note,
   )
-  return Run(config, workdir, tokenizer, mesh, model, progress, grader, template, stop_ids)
+  if model is None:
+    model = new_decoder(config.new_model, config.compute, len(task.tokenizer))
+  return Run(config, workdir, progress, mesh, model, pretrained, task)
 
 
-def decoder_config(model: ModelConfig, vocab_size: int) -> DecoderConfig:
-  """The decoder that the run's config describes: every layer sees all, RoPE is not scaled."""
-  fields = dataclasses.asdict(model)
+def pretrained_decoder(pretrained: Pretrained, compute: ComputeConfig) -> DecoderConfig:
+  """The decoder of a checkpoint's config.json; see `families.config_from_hf`."""
+  return config_from_hf(pretrained.hf, dtype=compute.dtype, remat=compute.remat)
+
+
+def new_decoder(new: NewModelConfig, compute: ComputeConfig, vocab_size: int) -> DecoderConfig:
+  """The decoder that a config describes: every layer sees all, RoPE is not scaled."""
+  fields = dataclasses.asdict(new)
   kinds = (LayerKind(Rope(fields.pop("rope_theta"), "exact")),)
-  return DecoderConfig(vocab_size=vocab_size, layer_kinds=kinds, **fields)
+  return DecoderConfig(
+    vocab_size=vocab_size, layer_kinds=kinds, **fields, dtype=compute.dtype, remat=compute.remat
+  )
 
 
 def delimiter_ids(tokenizer, delimiter: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from spo_jax import rollouts
 from spo_jax.algorithms.partition import make_partition
 from spo_jax.config import Config
 from spo_jax.data import source
-from spo_jax.evaluate import evaluate, held_out
+from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
 from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.mesh import shard_batch
@@ -29,19 +29,25 @@ from spo_jax.training.warm_start import warm_start
 NO_TOKENS_WEIGHT = 1e-9  # of an optimiser step without tokens in the metrics' means
 
 
-def train(run: Run) -> None:
-  """Trains from the warm start, or from the run's newest checkpoint, to the last iteration."""
+def train(run: Run) -> Any:
+  """Trains from the warm start, or from the run's newest checkpoint, to the last iteration.
+
+  Returns:
+    Parameters of the trained policy.
+  """
   config = run.config
   iterator = source.make_iterator(
-    run.split("train"),
+    run.task.split("train"),
     batch_size=config.rollout.prompts,
     seed=config.seed,
     replacement=config.data.replacement,
   )
-  held = held_out(run, config.eval.split, config.eval.prompts)
-  ref_params = warm_start(run)
+  held = run.task.held_out(config.eval.split, config.eval.prompts)
+  params = warm_start(run)
   # A copy: training donates its parameters, the reference policy keeps its own.
-  state = init_state(jax.tree.map(jnp.copy, ref_params), config.optimizer)
+  ref_params = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
+  state = init_state(params, config.optimizer)
+  del params
   counters = Counters()
   checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
   with MetricWriter(run.workdir) as writer, contextlib.closing(checkpoints):
@@ -83,6 +89,7 @@ def train(run: Run) -> None:
         }
         checkpoints.save(counters.iteration, state, record)
   run.progress.note(f"report: {write_report(run.workdir)}")
+  return state.params
 
 
 def sample(
@@ -95,12 +102,14 @@ def sample(
   """
   began = time.perf_counter()
   with run.progress.bar("rollout", total=2) as advance:
-    forest = grow(run, params, run.prompts(records, run.key("rollout"), "ordinal"))
+    forest = grow(run, params, run.task.prompts(records, run.key("rollout"), "ordinal"))
     advance(1)
     sampled = time.perf_counter()
     leaves = np.flatnonzero(forest.leaf)
     rewards = np.full(len(forest.parent), np.nan, np.float32)
-    rewards[leaves], failures = run.grade(forest, records, leaves, shaped=True)
+    texts = run.task.texts([forest.response(leaf) for leaf in leaves])
+    answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
+    rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
     advance(1)
   own = leaves[~forest.probe[leaves]]
   path_tokens = [len(forest.response(leaf)) for leaf in own]
@@ -111,7 +120,7 @@ def sample(
       "train/reward_mean": _tree_mean(forest, rewards, own),
       "train/finished": float(np.mean(forest.finished[own])),
       "train/response_tokens": float(np.mean(path_tokens)),
-      "train/grader_failures": failures,
+      "train/grader_failures": int(failed.sum()),
       "time/rollout_s": sampled - began,
       "time/grade_s": time.perf_counter() - sampled,
     },
@@ -148,7 +157,7 @@ def grow(run: Run, params: Any, prompts: strategies.Prompts) -> Forest:
       threshold=config.probability_threshold,
       interval=config.partition.interval,
       length=config.partition.length,
-      delimiter_ids=delimiter_ids(run.tokenizer, config.partition.delimiter),
+      delimiter_ids=delimiter_ids(run.task.tokenizer, config.partition.delimiter),
     ),
     cuts_per_group=rollout.cuts_per_group,
   )
@@ -168,9 +177,10 @@ def update(
   loss_cfg = loss_config(config)
   batch = prepare(run.model, loss_cfg, ref_params, shard_batch(run.mesh, packed), jnp.int32(used))
   edges = np.linspace(0, used, config.minibatches + 1).astype(np.int32)
+  spans = list(zip(edges[:-1], edges[1:], strict=True)) * config.epochs
   steps = []
-  with run.progress.bar("update", total=len(edges) - 1) as advance:
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+  with run.progress.bar("update", total=len(spans)) as advance:
+    for start, stop in spans:
       state, metrics = train_step(
         run.model,
         loss_cfg,

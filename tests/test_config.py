@@ -6,6 +6,7 @@ import ml_collections
 import pytest
 
 from configs import grpo, spo_chain, spo_tree
+from configs.experiments import EXPERIMENTS
 from spo_jax.config import Config, default_config, parse_variant
 from spo_jax.config_check import check_field, check_mesh, from_config_dict
 from spo_jax.errors import UserError
@@ -23,16 +24,35 @@ def changed(path: str, value) -> ml_collections.ConfigDict:
 
 
 def test_defaults_round_trip():
-  assert from_config_dict(default_config()) == Config()
+  assert from_config_dict(default_config(), Config) == Config()
 
 
 @pytest.mark.parametrize("module", [spo_tree, spo_chain, grpo])
 def test_every_variant_of_every_config_is_valid(module):
   for variant in ["", *module.VARIANTS]:
-    config = from_config_dict(module.get_config(variant))
-    assert config.data.variant == (variant or "plain").replace("arithmetic", "plain")
+    config = from_config_dict(module.get_config(variant), Config)
+    if variant in EXPERIMENTS:
+      assert config.model == EXPERIMENTS[variant].model and config.data.name != "arithmetic"
+    elif variant in module.EMBEDDED:
+      assert config.data.variant == variant.replace("arithmetic", "plain")
   with pytest.raises(UserError, match="unknown variant 'nope'.*arithmetic"):
     module.get_config("nope")
+
+
+def test_variants_of_the_paper_differ_as_they_say():
+  trees = {"rho1b_gsm8k": (6, 6, 6), "rho1b_gsm8k_456": (4, 5, 6), "rho1b_gsm8k_888": (8, 8, 8)}
+  for variant, branches in trees.items():
+    assert spo_tree.get_config(variant).rollout.branches == branches
+  for variant, interval in {"rho1b_gsm8k": 5, "rho1b_gsm8k_int100": 100}.items():
+    assert spo_chain.get_config(variant).partition.interval == interval
+  assert grpo.get_config("rho1b_gsm8k").epochs == 2
+
+
+def test_the_schedule_follows_the_number_of_updates():
+  config = spo_tree.get_config("qwen1.5b_math")
+  assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (120, 4000)
+  config.iterations, config.epochs = 100, 2
+  assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (24, 800)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +70,8 @@ def test_every_variant_of_every_config_is_valid(module):
     ("loss.kl_estimator", "seq_control_variate", "kl_estimator"),
     ("warm_start_optimizer.decay_steps", 20, "decay_steps 20 must be 0 or more than warmup_steps"),
     ("advantage.kind", "rloo", "it must be one of: difference, normalized, leave_one_out"),
-    ("model.kv_heads", 3, "heads 2 must be a multiple of kv_heads 3"),
-    ("model.dtype", "float16", "dtype"),
+    ("new_model.kv_heads", 3, "heads 2 must be a multiple of kv_heads 3"),
+    ("compute.dtype", "float16", "dtype"),
     ("packing.query_block", 64, "row_length 288 must be a multiple of query_block 64"),
     ("packing.key_block", 24, "query_block 32 must be a multiple of key_block 24"),
     ("packing.row_length", 64, "row_length 64 must hold the longest prompt and response"),
@@ -67,7 +87,7 @@ def test_every_variant_of_every_config_is_valid(module):
 )
 def test_a_value_that_cannot_work_is_named(path, value, message):
   with pytest.raises(UserError, match=message):
-    from_config_dict(changed(path, value))
+    from_config_dict(changed(path, value), Config)
 
 
 def test_a_missing_field_is_named():
@@ -75,17 +95,17 @@ def test_a_missing_field_is_named():
   config.unlock()
   del config.loss["kl_coef"]
   with pytest.raises(UserError, match="config.loss.kl_coef is missing"):
-    from_config_dict(config)
+    from_config_dict(config, Config)
 
 
 def test_a_misspelt_override_is_named_with_the_nearest_field():
-  check_field("rollout.top_p")
+  check_field(Config, "rollout.top_p")
   with pytest.raises(UserError, match="config has no field 'iteratons', did you mean 'iterations'"):
-    check_field("iteratons")
+    check_field(Config, "iteratons")
   with pytest.raises(UserError, match="config.rollout has no field 'zzz', it has: strategy"):
-    check_field("rollout.zzz")
+    check_field(Config, "rollout.zzz")
   with pytest.raises(UserError, match="has no field 'x'"):
-    check_field("seed.x")
+    check_field(Config, "seed.x")
 
 
 def test_parse_variant_takes_the_default_for_none():

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from spo_jax.main import USER_ERROR_STATUS, config_name, difference
+from spo_jax.command_line import USER_ERROR_STATUS, config_name, difference
 from tests import tiny_run
 
 CONFIG = "spo_tree.py"

@@ -40,20 +40,19 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_once(folder, tmp_pat
   template = "Make 24 of {question}:"
   settings = config(27, name="game24", tokenizer=folder, template=template)
   run = make_run(settings, tmp_path, notes)
-  assert run.stop_ids == (EOS, END_TURN)
-  assert run.sampler(temperature=1.0, truncate=False).eos_id == EOS
-  assert notes.texts == ["responses end at </s>; at <end_turn> sampling does not stop"]
-  records = run.split("test")
+  assert run.task.stop_ids == (EOS, END_TURN)
+  assert run.sampler(temperature=1.0, truncate=False).stop_ids == (EOS, END_TURN)
+  records = run.task.split("test")
   lengths = [len(template.replace("{question}", r["question"])) + 1 for r in records]  # and BOS
   assert 0 < len(records) < 136 and max(lengths) == 27
-  assert run.split("test") is records
-  assert notes.texts[1:] == [
+  assert run.task.split("test") is records
+  assert notes.texts == [
     f"game24 test: {136 - len(records)} of 136 prompts have more than 27 tokens and are left out"
   ]
-  prompts = run.prompts(records[:2], run.key("eval"), "id")
+  prompts = run.task.prompts(records[:2], run.key("eval"), "id")
   assert prompts.tokens.shape == (2, 27) and prompts.lengths.tolist() == lengths[:2]
   assert prompts.tokens[0, 0] == BOS
-  text = run.tokenizer.decode(prompts.tokens[0, : lengths[0]], skip_special_tokens=True)
+  text = run.task.tokenizer.decode(prompts.tokens[0, : lengths[0]], skip_special_tokens=True)
   assert text == template.replace("{question}", records[0]["question"])
 
 

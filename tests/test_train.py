@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from configs import grpo, spo_chain, spo_tree
+from spo_jax.command_line import claim_workdir
+from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.progress import Progress
-from spo_jax.main import claim_workdir
+from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
 from spo_jax.train import train
+from spo_jax.training.step import init_state
 from tests import tiny_run
 
 CONTRACT = {
@@ -38,11 +41,11 @@ def tiny_config(module, **overrides):
   config = module.get_config()
   fields = tiny_run.TINY | {name.replace("__", "."): value for name, value in overrides.items()}
   config.update_from_flattened_dict(fields)
-  return from_config_dict(config)
+  return from_config_dict(config, Config)
 
 
 def run_once(config, workdir: pathlib.Path):
-  claim_workdir(workdir, dataclasses.asdict(config))
+  claim_workdir(workdir, dataclasses.asdict(config), may_change=MAY_CHANGE)
   with Progress(config.iterations) as progress:
     train(make_run(config, workdir, progress))
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -96,7 +99,7 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
   for folder in (workdir, tmp_path):
     with Progress(config.iterations) as progress:
       run = make_run(config, folder, progress)
-    state = run.initial_state(config.optimizer)
+    state = init_state(run.initial_params(), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     saved.append(checkpoints.restore(4, state)[0])
     checkpoints.close()

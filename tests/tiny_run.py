@@ -10,9 +10,9 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 TINY = {
   "iterations": 4,
-  "model.width": 16,
-  "model.head_dim": 8,
-  "model.ffn": 32,
+  "new_model.width": 16,
+  "new_model.head_dim": 8,
+  "new_model.ffn": 32,
   "warm_start.max_steps": 4,
   "warm_start.eval_every": 2,
   "warm_start.batch_size": 8,

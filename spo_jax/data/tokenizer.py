@@ -78,10 +78,14 @@ def load_tokenizer(directory: str, *, work_dir: str):
   transformers = _import_transformers()
   load = transformers.AutoTokenizer if directory else transformers.PreTrainedTokenizerFast
   try:
-    return load.from_pretrained(path, local_files_only=True)
+    tokenizer = load.from_pretrained(path, local_files_only=True)
   except (OSError, ValueError, KeyError) as error:
     reason = str(error).split("\n")[0]
     raise UserError(f"'{path}' holds no tokenizer that can be loaded: {reason}") from error
+  if tokenizer.pad_token_id is None:
+    # Llama's and Mistral's have none. Any token will do: what pads is never attended to.
+    tokenizer.pad_token = tokenizer.eos_token
+  return tokenizer
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:
@@ -89,7 +93,7 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
 
   Raises:
     UserError: If an id is outside the model's vocabulary, or the tokenizer lacks an end-of-text
-      or a padding token.
+      token.
   """
   largest = max(tokenizer.get_vocab().values())
   if largest >= vocab_size:
@@ -97,11 +101,8 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
       f"the tokenizer has ids up to {largest}, the model only {vocab_size} rows: "
       f"use a vocab_size of at least {largest + 1} or the model's own tokenizer"
     )
-  for kind in ("eos", "pad"):
-    if getattr(tokenizer, f"{kind}_token_id") is None:
-      raise UserError(
-        f"the tokenizer has no {kind} token: set {kind}_token in its tokenizer_config.json"
-      )
+  if tokenizer.eos_token_id is None:
+    raise UserError("the tokenizer has no eos token: set eos_token in its tokenizer_config.json")
 
 
 def _import_transformers():

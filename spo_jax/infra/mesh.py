@@ -1,5 +1,7 @@
 """One mesh, and one table from logical axes to mesh axes: shardings are decided here alone."""
 
+import math
+
 import jax
 import numpy as np
 from flax import linen as nn
@@ -20,23 +22,13 @@ PARAM_RULES = {
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-  """The mesh of the first data * fsdp * tensor devices; `data` of -1 takes all that are left.
+  """The mesh of the first data * fsdp * tensor devices; an axis of -1 takes all that are left.
 
   Raises:
     UserError: if the axes do not fit the number of devices.
   """
   devices = jax.devices()
-  if data < -1 or min(abs(data), fsdp, tensor) < 1:
-    raise UserError(
-      f"mesh: data {data}, fsdp {fsdp}, tensor {tensor} must be positive (data: or -1)"
-    )
-  if data == -1:
-    if len(devices) % (fsdp * tensor):
-      raise UserError(
-        f"mesh: fsdp {fsdp} x tensor {tensor} does not divide the {len(devices)} devices "
-        "of this machine"
-      )
-    data = len(devices) // (fsdp * tensor)
+  data, fsdp, tensor = mesh_shape(data, fsdp, tensor, len(devices))
   size = data * fsdp * tensor
   if size > len(devices):
     raise UserError(
@@ -45,6 +37,26 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     )
   grid = np.asarray(devices[:size]).reshape(data, fsdp, tensor)
   return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+  """Sizes of the axes, with what is left of a number of devices for the one that is -1.
+
+  Raises:
+    UserError: if an axis is neither positive nor -1, two are -1, or the others do not divide the
+      number of devices.
+  """
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  text = ", ".join(f"{name} {size}" for name, size in sizes.items())
+  open_axes = [name for name, size in sizes.items() if size == -1]
+  if len(open_axes) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+    raise UserError(f"mesh: {text} must be positive, and one of them may be -1")
+  if open_axes:
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed:
+      raise UserError(f"mesh: {text}: {fixed} does not divide the {devices} devices")
+    sizes[open_axes[0]] = devices // fixed
+  return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -43,6 +43,16 @@ def open_grader(
   return pool
 
 
+def find_vote(name: str) -> registry.Vote | None:
+  """The function that reads the answer of a response for majority votes; None if there is none.
+
+  Raises:
+    UserError: if there is no such grader.
+  """
+  path = registry.find(name).vote
+  return registry.load(path) if path else None
+
+
 def close_grader(grader: Grader | GraderPool) -> None:
   """Ends the processes of a grader that has any."""
   if isinstance(grader, GraderPool):
@@ -62,7 +72,7 @@ def shape(
 
 def grade_all(
   responses: Sequence[str], answers: Sequence[str], grader: Grader | GraderPool | str
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray]:
   """Grades a batch; a grader's failure costs the response its reward but not the run its life.
 
   Args:
@@ -71,8 +81,8 @@ def grade_all(
     grader: What `open_grader` returns, or a name, which is then opened for this batch alone.
 
   Returns:
-    Rewards `[R]` float32, and how many of them are 0 because the grader raised, returned something
-    else than a finite number, or, in a pool, hung, died or ran out of memory.
+    Rewards `[R]` float32, and `[R]` bool, True where the reward is 0 because the grader raised,
+    returned something else than a finite number, or, in a pool, hung, died or ran out of memory.
 
   Raises:
     ValueError: If there are not as many answers as responses.
@@ -89,7 +99,8 @@ def grade_all(
     else:
       pairs = zip(responses, answers, strict=True)
       outcomes = [registry.attempt(grader, response, answer) for response, answer in pairs]
-  failures = [outcome.failure for outcome in outcomes if outcome.failure]
-  for failure in failures:
-    logging.log_first_n(logging.WARNING, "grader failed: %s", 3, failure)
-  return np.asarray([outcome.reward for outcome in outcomes], np.float32), len(failures)
+  for outcome in outcomes:
+    if outcome.failure:
+      logging.log_first_n(logging.WARNING, "grader failed: %s", 3, outcome.failure)
+  graded = np.asarray([outcome.reward for outcome in outcomes], np.float32)
+  return graded, np.asarray([outcome.failure != "" for outcome in outcomes], bool)

@@ -97,6 +97,16 @@ def extract_answer(response: str) -> str | None:
   return numbers.last_number(response)
 
 
+def vote(response: str) -> str | None:
+  """The answer for a majority vote, without what is there for looks.
+
+  Answers that only sympy would call equal are different votes; those that the grader finds right
+  are counted as one whatever they say (`algorithms/voting.py`).
+  """
+  answer = extract_answer(response)
+  return None if answer is None else _plain(answer[:MAX_ANSWER_LENGTH])
+
+
 def _last_boxes(response: str, boxes: Sequence[Box]) -> str | None:
   """The content of the last box, and of those that go on to it as a list, without repetitions."""
   contents: dict[str, None] = {}

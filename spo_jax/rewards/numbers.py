@@ -82,6 +82,23 @@ def grade_last_number(response: str, answer: str) -> float:
   return float(extracted is not None and numbers_equal(extracted, answer))
 
 
+def vote(response: str) -> str | None:
+  """The final answer for a majority vote: equal numbers are equal texts."""
+  return _normal_form(extract_answer(response))
+
+
+def vote_last_number(response: str) -> str | None:
+  """As `vote`, of the response's last number."""
+  return _normal_form(last_number(response))
+
+
+def _normal_form(answer: str | None) -> str | None:
+  number = None if answer is None else _parse(answer)
+  if number is None:
+    return None if answer is None else answer[:MAX_ANSWER_LENGTH]
+  return f"{number.numerator:x}/{number.denominator:x}"
+
+
 def _parse(text: str) -> fractions.Fraction | None:
   """The number that a text is, if it is one."""
   text = text.strip()

@@ -10,11 +10,19 @@ from spo_jax.errors import UserError
 Grader = Callable[[str, str], float]  # (response, reference answer) -> reward
 
 
+Vote = Callable[[str], str | None]  # response -> its answer, in a form that others can equal
+
+
 class Entry(NamedTuple):
-  """Where a grader is, as MODULE:FUNCTION, and whether its time is bounded whatever the text."""
+  """A grader: where it is, as MODULE:FUNCTION, and whether its time is bounded whatever the text.
+
+  `vote` is where the function is that reads the answer of a response, for majority votes; "" is
+  nowhere. Its time is bounded.
+  """
 
   path: str
   bounded: bool
+  vote: str = ""
 
 
 class Outcome(NamedTuple):
@@ -24,12 +32,16 @@ class Outcome(NamedTuple):
   failure: str
 
 
+_NUMBERS = "spo_jax.rewards.numbers"
+_GSM8K = Entry(f"{_NUMBERS}:grade", bounded=True, vote=f"{_NUMBERS}:vote")
 GRADERS = {
-  "numbers": Entry("spo_jax.rewards.numbers:grade", bounded=True),
-  "gsm8k": Entry("spo_jax.rewards.numbers:grade", bounded=True),
-  "last_number": Entry("spo_jax.rewards.numbers:grade_last_number", bounded=True),
+  "numbers": _GSM8K,
+  "gsm8k": _GSM8K,
+  "last_number": Entry(
+    f"{_NUMBERS}:grade_last_number", bounded=True, vote=f"{_NUMBERS}:vote_last_number"
+  ),
   "game24": Entry("spo_jax.rewards.game24:grade", bounded=True),
-  "math": Entry("spo_jax.rewards.maths:grade", bounded=False),
+  "math": Entry("spo_jax.rewards.maths:grade", bounded=False, vote="spo_jax.rewards.maths:vote"),
 }
 
 

@@ -19,7 +19,7 @@ class Sampler:
 
   cfg: DecoderConfig
   mesh: jax.sharding.Mesh
-  eos_id: int
+  stop_ids: tuple[int, ...]  # tokens that end a continuation
   sampling: SamplingConfig
   slots: int  # most groups decoded at a time
   refill_share: float
@@ -49,7 +49,7 @@ class Sampler:
       max_new_tokens=max_new_tokens,
       slots=self.slots,
       refill_share=self.refill_share,
-      eos_id=self.eos_id,
+      stop_ids=self.stop_ids,
       sampling=self.sampling,
       keep_cache=keep_cache,
       rows=row_sharding(self.mesh),

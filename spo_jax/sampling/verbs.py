@@ -64,7 +64,7 @@ class DecodeConfig:
   max_new_tokens: int  # S
   slots: int  # E, groups decoded at a time; more groups wait and enter as others finish
   refill_share: float  # waiting groups enter when this share of the slots is idle
-  eos_id: int
+  stop_ids: tuple[int, ...]  # tokens that end a continuation
   sampling: SamplingConfig
   keep_cache: bool  # return the suffixes' keys and values, for `extend`
   rows: NamedSharding | None = None  # how groups are split over a mesh; None leaves it open
@@ -237,6 +237,7 @@ def _step(cfg: DecoderConfig, decode_cfg: DecodeConfig, params, slots: _Slots, t
   keys = jax.vmap(jax.random.fold_in)(slots.keys.reshape(-1), jnp.repeat(slots.step, n))
   tokens, logprobs = sample_token(keys, logits, decode_cfg.sampling)
   tokens_Exn, logprobs_Exn = tokens.reshape(E, n), logprobs.reshape(E, n)
+  stops_Exn = jnp.isin(tokens_Exn, jnp.array(decode_cfg.stop_ids))
   here_Ex1xS = jnp.arange(S)[None, None] == slots.step[:, None, None]
   return slots._replace(
     fed=tokens_Exn,
@@ -245,7 +246,7 @@ def _step(cfg: DecoderConfig, decode_cfg: DecodeConfig, params, slots: _Slots, t
       tokens=jnp.where(here_Ex1xS, tokens_Exn[..., None], old.tokens),
       logprobs=jnp.where(here_Ex1xS, logprobs_Exn[..., None], old.logprobs),
       lengths=old.lengths + running_Exn,
-      finished=old.finished | (running_Exn & (tokens_Exn == decode_cfg.eos_id)),
+      finished=old.finished | (running_Exn & stops_Exn),
       first=old.first,
       cache=cache,
     ),

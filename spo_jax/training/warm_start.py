@@ -13,13 +13,13 @@ import numpy as np
 
 from spo_jax.data import source
 from spo_jax.errors import UserError
-from spo_jax.evaluate import accuracy, held_out
+from spo_jax.evaluation import accuracy
 from spo_jax.forest import ForestBuilder
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.mesh import shard_batch
 from spo_jax.run import Run
 from spo_jax.training import packing
-from spo_jax.training.step import supervised_step
+from spo_jax.training.step import init_state, supervised_step
 
 HISTORY_FILE = "warm_start.jsonl"
 
@@ -37,14 +37,14 @@ def pack_solutions(
   """
   builder = ForestBuilder()
   tokens, lengths = source.encode_prompts(
-    run.tokenizer,
+    run.task.tokenizer,
     [r["question"] for r in records],
     run.config.rollout.max_prompt_tokens,
-    run.template,
+    run.task.template,
   )
   roots = builder.add_roots(tokens, lengths)
   texts = [r["solution"] for r in records]
-  solutions = source.encode_solutions(run.tokenizer, texts, run.template)
+  solutions = source.encode_solutions(run.task.tokenizer, texts, run.task.template)
   joined, lengths = np.concatenate(solutions), np.array([len(s) for s in solutions])
   if lengths.max() > (allowed := run.config.rollout.max_response_tokens):
     raise UserError(
@@ -61,15 +61,21 @@ def pack_solutions(
 def warm_start(run: Run) -> Any:
   """Trains, or resumes, or loads the parameters that RL starts from; cached in the workdir.
 
+  Without steps to take these are the checkpoint's of `config.model`.
+
   Returns:
     Parameters, sharded.
   """
   config, cfg = run.config, run.config.warm_start
-  state = run.initial_state(config.warm_start_optimizer)
-  iterator = source.make_iterator(run.split("train"), batch_size=cfg.batch_size, seed=config.seed)
-  held = held_out(run, "validation", cfg.eval_prompts) if cfg.max_steps else []
+  if not cfg.max_steps:
+    return run.initial_params()
+  state = init_state(run.initial_params(), config.warm_start_optimizer)
+  iterator = source.make_iterator(
+    run.task.split("train"), batch_size=cfg.batch_size, seed=config.seed
+  )
+  held = run.task.held_out("validation", cfg.eval_prompts)
   checkpoints = Checkpoints(run.workdir / "warm_start", keep=1)
-  record = {"step": 0, "done": cfg.max_steps == 0, "history": []}
+  record = {"step": 0, "done": False, "history": []}
   if (latest := checkpoints.latest()) is not None:
     state, record = checkpoints.restore(latest, state)
     iterator.set_state(record["iterator"])
@@ -104,12 +110,11 @@ def warm_start(run: Run) -> Any:
       checkpoints.save(step, state, record)
       _write_history(run, record["history"])
   checkpoints.close()
-  if record["history"]:
-    last = record["history"][-1]
-    run.progress.note(
-      f"warm start: {last['step']} steps, loss {last['loss']:.3f}, "
-      f"sampled validation accuracy {last['validation_accuracy']:.3f}"
-    )
+  last = record["history"][-1]
+  run.progress.note(
+    f"warm start: {last['step']} steps, loss {last['loss']:.3f}, "
+    f"sampled validation accuracy {last['validation_accuracy']:.3f}"
+  )
   return state.params
 
 

@@ -114,8 +114,16 @@ def test_check_tokenizer(embedded):
   tokenizer.check_tokenizer(embedded, np.int64(size + 1))
   with pytest.raises(UserError, match=f"at least {size}"):
     tokenizer.check_tokenizer(embedded, size - 1)
-  for kind in ("eos", "pad"):
-    ids = {"eos_token_id": 1, "pad_token_id": 0} | {f"{kind}_token_id": None}
-    lacking = types.SimpleNamespace(get_vocab=embedded.get_vocab, **ids)
-    with pytest.raises(UserError, match=f"no {kind} token"):
-      tokenizer.check_tokenizer(lacking, size)
+  lacking = types.SimpleNamespace(get_vocab=embedded.get_vocab, eos_token_id=None)
+  with pytest.raises(UserError, match="no eos token"):
+    tokenizer.check_tokenizer(lacking, size)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(embedded, tmp_path):
+  embedded.save_pretrained(tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  del config["pad_token"]
+  path.write_text(json.dumps(config))
+  loaded = tokenizer.load_tokenizer(str(tmp_path), work_dir="")
+  assert loaded.pad_token_id == loaded.eos_token_id == embedded.eos_token_id

@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+import torch
+import transformers
 
+from spo_jax.infra.mesh import make_mesh
 from spo_jax.models.attention import DecodeContext, PackedContext, attend_decode, attend_packed
 from spo_jax.models.decoder import forward, token_logits
-from spo_jax.models.families import hf_shape, parameter_table, to_hf
+from spo_jax.models.families import config_from_hf, hf_shape, parameter_table, to_hf
+from spo_jax.models.pretrained import export_model, find_pretrained, load_params
 from spo_jax.sampling import verbs
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.training.packing import PackedForest, visible_blocks
 from spo_jax.training.step import forest_logprobs
+from tests.byte_tokenizer import make_tokenizer
 from tests.models import hf_models
 from tests.models.hf_models import CASES, VOCAB, hf_logits
 
@@ -36,7 +41,7 @@ def leaves_by_path(params):
 
 
 def assert_close(got, want):
-  gap = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+  gap = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
   assert gap < TOLERANCE, gap
   return gap
 
@@ -157,7 +162,7 @@ def test_sampled_logprobs_are_the_trained_ones():
     max_new_tokens=S,
     slots=1,
     refill_share=1.0,
-    eos_id=-1,
+    stop_ids=(-1,),
     sampling=SamplingConfig(temperature=0),
     keep_cache=False,
   )
@@ -183,3 +188,38 @@ def test_sampled_logprobs_are_the_trained_ones():
   score = functools.partial(forest_logprobs, temperature=1.0, chunk=S // 2)
   trained = jax.jit(score, static_argnums=0)(cfg, params, PackedForest(**batch))
   np.testing.assert_allclose(segments.logprobs[0, 0], trained[0, P:], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_go_to_and_fro(name, tmp_path):
+  """What `transformers` saves is loaded; what we export, it loads with the same logits."""
+  model, cfg, params = models(name)
+  model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+  found = find_pretrained(str(tmp_path / "theirs"))
+  assert config_from_hf(found.hf) == cfg
+  assert len(list(found.folder.glob("*.safetensors"))) > 1
+  loaded = load_params(found, cfg, make_mesh(1, 1, 1))
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+  ours = tmp_path / "ours"
+  export_model(loaded, cfg, found.hf, make_tokenizer(), ours, source=found, shard_bytes=20_000)
+  load = transformers.AutoModelForCausalLM.from_pretrained
+  again = load(ours, attn_implementation="eager", dtype="auto").eval()
+  assert type(again) is type(model) and again.dtype == model.dtype
+  tokens = np.random.default_rng(3).integers(0, VOCAB, (2, T))
+  np.testing.assert_array_equal(hf_logits(again, tokens), hf_logits(model, tokens))
+  transformers.AutoTokenizer.from_pretrained(ours)
+
+
+def test_half_precision_is_kept_on_the_way(tmp_path):
+  model = hf_models.hf_model(*CASES["qwen2"]).to(torch.bfloat16)
+  model.save_pretrained(tmp_path / "theirs")
+  found = find_pretrained(str(tmp_path / "theirs"))
+  cfg = config_from_hf(found.hf)
+  loaded = load_params(found, cfg, make_mesh(1, 1, 1))
+  export_model(loaded, cfg, found.hf, make_tokenizer(), tmp_path / "ours", source=found)
+  load = transformers.AutoModelForCausalLM.from_pretrained
+  again = load(tmp_path / "ours", dtype="auto").state_dict()
+  for tensor_name, tensor in model.state_dict().items():
+    assert again[tensor_name].dtype == torch.bfloat16
+    assert torch.equal(again[tensor_name], tensor)

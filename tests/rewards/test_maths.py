@@ -170,11 +170,11 @@ def test_hostile_latex_costs_its_own_reward_only(maths_pool):
   good = r"\boxed{\frac12}"
   responses = [text for bad in hostile for text in (good, bad)]
   start = time.perf_counter()
-  graded, failures = rewards.grade_all(responses, ["0.5"] * len(responses), maths_pool)
+  graded, failed = rewards.grade_all(responses, ["0.5"] * len(responses), maths_pool)
   elapsed = time.perf_counter() - start
   assert graded[::2].tolist() == [1.0] * len(hostile)
   assert graded[1::2].tolist() == [0.0] * len(hostile)
-  assert 1 <= failures <= 4  # the others are bounded by the lengths that are searched or parsed
+  assert 1 <= failed.sum() <= 4  # the others are bounded by the lengths that are searched or parsed
   assert elapsed < (len(hostile) / 2 + 1) * TIMEOUT_S + 3.0
 
 
@@ -186,5 +186,5 @@ def test_reference_answers_of_math_equal_themselves(maths_pool):
   answers = [a for a in random.Random(0).sample(answers, 100) if a]
   # Spaces make the texts differ, so that they are compared by what they mean.
   responses = [rf"So it is $\boxed{{{a} \;}}$." for a in answers]
-  graded, failures = rewards.grade_all(responses, answers, maths_pool)
-  assert graded.tolist() == [1.0] * len(answers) and failures == 0
+  graded, failed = rewards.grade_all(responses, answers, maths_pool)
+  assert graded.tolist() == [1.0] * len(answers) and not failed.any()

@@ -175,9 +175,9 @@ def test_never_raises_on_noise():
 
 
 def test_grade_all():
-  graded, failures = rewards.grade_all(["#1", "#2", "3", "#4 #4"], ["1", "3", "3", "4"], "numbers")
+  graded, failed = rewards.grade_all(["#1", "#2", "3", "#4 #4"], ["1", "3", "3", "4"], "numbers")
   assert graded.dtype == np.float32
-  assert graded.tolist() == [1, 0, 0, 0] and failures == 0
+  assert graded.tolist() == [1, 0, 0, 0] and not failed.any()
 
 
 def test_failing_grader_costs_only_its_response():
@@ -186,8 +186,8 @@ def test_failing_grader_costs_only_its_response():
       return float("nan")
     return {"good": 0.5, "none": None}[response]
 
-  graded, failures = rewards.grade_all(["bad", "good", "none", "nan"], ["a"] * 4, grader)
-  assert graded.tolist() == [0, 0.5, 0, 0] and failures == 3
+  graded, failed = rewards.grade_all(["bad", "good", "none", "nan"], ["a"] * 4, grader)
+  assert graded.tolist() == [0, 0.5, 0, 0] and failed.sum() == 3
 
 
 @pytest.mark.parametrize(
@@ -222,5 +222,5 @@ def test_grade_all_arguments():
     rewards.grade_all(["a", "b"], ["a"], "numbers")
   with pytest.raises(UserError, match="unknown grader 'maths', known are: game24, gsm8k"):
     rewards.grade_all([], [], "maths")
-  empty, failures = rewards.grade_all([], [], "numbers")
-  assert empty.shape == (0,) and failures == 0
+  empty, failed = rewards.grade_all([], [], "numbers")
+  assert empty.shape == (0,) and not failed.any()

@@ -60,11 +60,11 @@ def test_hostile_responses_cost_their_own_rewards_only(hostile_pool):
 
 
 def test_failures_are_counted_and_logged(hostile_pool):
-  graded, failures = rewards.grade_all(
+  graded, failed = rewards.grade_all(
     ["good", "raise", "bad", "exit", "nan"], ["answer"] * 5, hostile_pool
   )
   assert graded.dtype == np.float32
-  assert graded.tolist() == [1, 0, 0, 0, 0] and failures == 3
+  assert graded.tolist() == [1, 0, 0, 0, 0] and failed.sum() == 3
 
 
 def test_each_response_has_its_own_deadline(hostile_pool):
@@ -95,8 +95,8 @@ def test_processes_are_reused_and_never_import_jax(hostile_pool):
 
 
 def test_empty_batch(hostile_pool):
-  graded, failures = rewards.grade_all([], [], hostile_pool)
-  assert graded.shape == (0,) and failures == 0
+  graded, failed = rewards.grade_all([], [], hostile_pool)
+  assert graded.shape == (0,) and not failed.any()
 
 
 def test_a_stopped_keeper_does_not_stall_the_run(hostile_pool, monkeypatch):

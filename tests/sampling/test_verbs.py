@@ -195,7 +195,7 @@ def test_extend_is_prefill_of_the_same_tokens(params, prefix, groups, segments):
 
 def test_an_idle_group_keeps_its_suffix_while_the_ring_turns(params, prefix, prompts):
   """The first group ends at step 8 and waits for one that enters at step 7 and takes 8 steps."""
-  never_ends = dataclasses.replace(sampler(slots=2), eos_id=VOCAB)
+  never_ends = dataclasses.replace(sampler(slots=2), stop_ids=(VOCAB,))
   groups = make_groups(prompts.lengths, seed=2)
   limits = np.zeros((Q, N), np.int32)
   limits[:3] = [[S] * N, [S - 1, 2, 0], [S] * N]
@@ -206,6 +206,25 @@ def test_an_idle_group_keeps_its_suffix_while_the_ring_turns(params, prefix, pro
   assert list(segments.first[:3]) == [0, 0, S - 1]
   assert logprob_gap(params, prefix, groups, segments) < 1e-4
   assert_extends_to_prefill(params, prefix, groups, segments)
+
+
+def test_any_stop_token_ends_a_continuation(params, prefix, groups, segments):
+  """With a second stop token, every continuation is the old one up to the first of either."""
+  tokens, lengths = np.asarray(segments.tokens), np.asarray(segments.lengths)
+  drawn = tokens[np.arange(S) < lengths[..., None] - 1]  # but for the last ones, EOS among them
+  other = int(np.bincount(drawn).argmax())
+  stopped = dataclasses.replace(sampler(), stop_ids=(EOS, other)).decode(
+    params, prefix, groups, max_new_tokens=S, keep_cache=False
+  )
+  cut = 0
+  for where in np.ndindex(lengths.shape):
+    row = tokens[where][: lengths[where]].tolist()
+    length = row.index(other) + 1 if other in row else len(row)
+    cut += length < len(row)
+    assert stopped.lengths[where] == length
+    assert stopped.tokens[where][:length].tolist() == row[:length]
+    assert bool(stopped.finished[where]) == (length > 0 and row[length - 1] in (EOS, other))
+  assert cut > 0
 
 
 def test_other_values_compile_nothing_anew(params, prefix, prompts, groups, segments):

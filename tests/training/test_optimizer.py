@@ -34,6 +34,11 @@ def test_schedule():
   np.testing.assert_allclose(rates(6, warmup_steps=4), warm, rtol=1e-6)
   cosine = [0.05 * (1 + np.cos(np.pi * t / 6)) for t in range(7)]
   np.testing.assert_allclose(rates(8, decay_steps=6), [*cosine, 0], rtol=1e-5, atol=1e-8)
+  linear = [0.1 * (1 - t / 6) for t in range(7)]
+  for warmup_steps, rise in ((0, []), (4, warm[:4])):
+    fields = {"warmup_steps": warmup_steps, "decay_steps": warmup_steps + 6, "decay": "linear"}
+    got = rates(warmup_steps + 8, **fields)
+    np.testing.assert_allclose(got, [*rise, *linear, 0], rtol=1e-5, atol=1e-8)
   both = [*warm[:4], *cosine, 0]
   np.testing.assert_allclose(rates(12, warmup_steps=4, decay_steps=10), both, rtol=1e-5, atol=1e-8)
 

@@ -1,0 +1,123 @@
+"""What the commands share: their flags, their mistakes, and the workdir that belongs to one config.
+
+A command's exit status is 0 for done; 2 is a mistake of the user's, told in one line.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from spo_jax.config_check import check_field
+from spo_jax.errors import UserError
+
+USER_ERROR_STATUS = 2
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE or FILE:variant", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run that it holds is resumed")
+flags.mark_flag_as_required("config")
+
+
+def run_command(argv: list[str], config_class: type, command: Callable[[], None]) -> int:
+  """Parses the command line and does as it says.
+
+  Args:
+    argv: the command line, program first.
+    config_class: dataclass whose fields the config has.
+    command: what is done once the flags are parsed.
+
+  Returns:
+    The exit status.
+  """
+  try:
+    parse_flags(argv, config_class)
+    logging.set_verbosity(logging.WARNING)
+    command()
+  except UserError as error:
+    # Readers that a damaged checkpoint left half done complain when they are collected at exit.
+    sys.unraisablehook = lambda _: None
+    print(f"spo_jax: {error}", file=sys.stderr)
+    return USER_ERROR_STATUS
+  return 0
+
+
+def parse_flags(argv: list[str], config_class: type) -> None:
+  """Parses the command line, overrides of config fields included.
+
+  Raises:
+    UserError: for an unknown flag or field, a value of another type, a config file that cannot be
+      read.
+  """
+  for argument in argv[1:]:
+    name = argument.lstrip("-").partition("=")[0]
+    if argument.startswith("-") and name.startswith("config."):
+      check_field(config_class, name.removeprefix("config."))
+  file = config_name(argv).partition(":")[0]
+  if file and not os.path.exists(file):
+    raise UserError(f"there is no config file {file!r}")
+  try:
+    rest = flags.FLAGS(argv)
+  # The library raises TypeError and ValueError for a value of another type than the field's.
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(" ".join(str(error).split())) from error
+  if len(rest) > 1:
+    raise UserError(f"unexpected argument {rest[1]!r}: fields are set as --config.field=value")
+
+
+def config_name(argv: list[str]) -> str:
+  """FILE:variant as it stands on the command line."""
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, _, value = argument.lstrip("-").partition("=")
+    if argument.startswith("-") and name == "config":
+      return value or following
+  return ""
+
+
+def claim_workdir(
+  workdir: pathlib.Path, config: dict[str, Any], *, may_change: Sequence[str] = ()
+) -> None:
+  """Writes `config.json`, or checks that the workdir's own is the same.
+
+  Args:
+    workdir: the folder, made if it does not exist.
+    config: nested fields.
+    may_change: fields of the top level that may differ when a workdir is used again.
+
+  Raises:
+    UserError: if the workdir belongs to a run with another config, or cannot be written.
+  """
+  path = workdir / "config.json"
+  config = json.loads(json.dumps(config))
+  try:
+    if path.exists():
+      for name in difference(json.loads(path.read_text()), config):
+        if name.split(".")[0] not in may_change:
+          raise UserError(
+            f"workdir {workdir} holds a run with another config ({name} differs): "
+            "choose another --workdir"
+          )
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(unfinished, path)
+  except OSError as error:
+    raise UserError(f"workdir {workdir} cannot be used: {error.strerror}") from error
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path} is no JSON file ({error}): choose another --workdir") from error
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+  """Dotted names of the fields in which two nested configs differ."""
+  names = []
+  for name in [*new, *(n for n in old if n not in new)]:
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      names += difference(a, b, f"{prefix}{name}.")
+    elif a != b:
+      names.append(prefix + name)
+  return names

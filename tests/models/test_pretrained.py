@@ -1,0 +1,208 @@
+"""Checkpoints on disk: read back as written, placed as the mesh wants, damage named."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from spo_jax.config import Config
+from spo_jax.errors import UserError
+from spo_jax.infra.mesh import make_mesh
+from spo_jax.models import pretrained
+from spo_jax.models.families import config_from_hf, parameter_table
+from spo_jax.models.pretrained import (
+  check_tensors,
+  export_model,
+  find_pretrained,
+  llama_config,
+  load_params,
+)
+from spo_jax.run import new_decoder
+from tests.byte_tokenizer import make_tokenizer
+from tests.tiny import shard_params, tiny_config, tiny_params
+
+CFG = tiny_config()
+HF = llama_config(CFG, context=64)
+READ_CFG = config_from_hf(HF)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+  """A checkpoint in several files."""
+  path = tmp_path_factory.mktemp("checkpoints") / "model"
+  export_model(tiny_params(CFG), CFG, HF, tokenizer, path, shard_bytes=5000)
+  return path
+
+
+def edited(folder, tmp_path, edit):
+  """A copy of the checkpoint in one file, with its dictionary of tensors edited."""
+  tensors = {}
+  for file in folder.glob("*.safetensors"):
+    tensors |= load_file(file)
+  shutil.copytree(folder, tmp_path, ignore=shutil.ignore_patterns("model*"), dirs_exist_ok=True)
+  edit(tensors)
+  save_file(tensors, tmp_path / "model.safetensors")
+  return tmp_path
+
+
+def load(folder, mesh=None):
+  found = find_pretrained(str(folder))
+  return load_params(found, config_from_hf(found.hf), mesh or make_mesh(1, 1, 1))
+
+
+def test_what_is_written_in_several_files_is_read_back(folder):
+  assert len(list(folder.glob("*.safetensors"))) > 3
+  jax.tree.map(np.testing.assert_array_equal, load(folder), tiny_params(CFG))
+  assert READ_CFG.layers == CFG.layers and READ_CFG.layer_kinds[0].rope.theta == 1e4
+  assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_parameters_lie_where_the_mesh_wants_them(folder):
+  mesh = make_mesh(2, 2, 2)
+  params = load(folder, mesh)
+  want = shard_params(CFG, mesh, tiny_params(CFG))
+
+  def same(got, wanted):
+    assert got.sharding == wanted.sharding
+    for a, b in zip(got.addressable_shards, wanted.addressable_shards, strict=True):
+      assert a.device == b.device
+      np.testing.assert_array_equal(a.data, b.data)
+
+  jax.tree.map(same, params, want)
+  assert not params["block_0"]["up"].sharding.is_fully_replicated
+
+
+def test_dtypes_of_the_source_are_kept(folder, tmp_path, tokenizer):
+  def halve(tensors):
+    for name in tensors:
+      dtype = np.float32 if "norm" in name else ml_dtypes.bfloat16
+      tensors[name] = tensors[name].astype(dtype)
+
+  source = find_pretrained(str(edited(folder, tmp_path / "halves", halve)))
+  (source.folder / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+  params = load_params(source, READ_CFG, make_mesh(1, 1, 1))
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+  export_model(params, READ_CFG, source.hf, tokenizer, tmp_path / "again", source=source)
+  before = load_file(source.folder / "model.safetensors")
+  after = load_file(tmp_path / "again" / "model.safetensors")
+  assert before.keys() == after.keys()
+  for name, tensor in before.items():
+    assert after[name].dtype == tensor.dtype
+    np.testing.assert_array_equal(after[name], tensor)
+  assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {
+    "eos_token_id": [2, 4]
+  }
+  with safe_open(tmp_path / "again" / "model.safetensors", framework="np") as file:
+    assert file.metadata() == {"format": "pt"}  # transformers asks for it
+
+
+@pytest.mark.parametrize(
+  "edit, message",
+  [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks model.layers.1.mlp.up_proj"),
+    (
+      lambda t: t.update({f"model.layers.{i}.x": np.zeros(1) for i in range(5)}),
+      "does not account for, model.layers.0.x, model.layers.1.x, model.layers.2.x and 2 more",
+    ),
+    (
+      lambda t: t.update({"lm_head.weight": np.zeros((33, 16), np.float32)}),
+      r"in another shape lm_head.weight \[33, 16\] \(not \[32, 16\]\)",
+    ),
+    (
+      lambda t: t.update({"model.norm.weight": np.zeros(16, np.int8)}),
+      "in another dtype than bfloat16.*model.norm.weight I8|BF16, F16, F32 model.norm.weight I8",
+    ),
+  ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, tmp_path, edit, message):
+  found = find_pretrained(str(edited(folder, tmp_path, edit)))
+  with pytest.raises(UserError, match=message) as error:
+    check_tensors(found, READ_CFG)
+  assert "\n" not in str(error.value)
+
+
+def test_tensors_that_old_checkpoints_carry_are_passed_over(folder, tmp_path):
+  inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+  found = find_pretrained(str(edited(folder, tmp_path, lambda tensors: tensors.update(inv_freq))))
+  assert set(check_tensors(found, READ_CFG)) == {
+    name for name, _ in parameter_table(READ_CFG).values()
+  }
+  tied = config_from_hf(HF | {"tie_word_embeddings": True})
+  assert "lm_head.weight" not in check_tensors(found, tied)
+
+
+def test_damaged_folders_are_named(folder, tmp_path, monkeypatch):
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  victim = sorted(copy.glob("*.safetensors"))[1]
+  whole = victim.read_bytes()
+  victim.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(UserError, match=f"{victim.name}' is damaged"):
+    load(copy)
+  victim.unlink()
+  with pytest.raises(UserError, match=f"has no {victim.name}"):
+    load(copy)
+  (copy / "model.safetensors.index.json").write_text("[]")
+  with pytest.raises(UserError, match="is no index"):
+    load(copy)
+  (copy / "model.safetensors.index.json").unlink()
+  with pytest.raises(UserError, match="has no model.safetensors"):
+    load(copy)
+  (copy / "config.json").write_text("{")
+  with pytest.raises(UserError, match="is no JSON"):
+    load(copy)
+  (copy / "config.json").unlink()
+  with pytest.raises(UserError, match="has no config.json"):
+    load(copy)
+
+  def unreachable(*args, **kwargs):
+    raise OSError("no\nnetwork")
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+  with pytest.raises(UserError, match=r"could not be had from the hub \(no network\)"):
+    find_pretrained("nobody/nothing")
+
+
+def test_a_hub_id_is_read_from_where_it_was_downloaded(folder, monkeypatch):
+  asked = []
+
+  def download(name, allow_patterns):
+    asked.append((name, "config.json" in allow_patterns))
+    return str(folder)
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+  assert find_pretrained("somebody/model").folder == folder
+  assert asked == [("somebody/model", True)]
+
+
+def test_export_overwrites_nothing_and_leaves_nothing_half_done(folder, tmp_path, monkeypatch):
+  with pytest.raises(UserError, match="exists already"):
+    export_model(tiny_params(CFG), CFG, HF, make_tokenizer(), folder)
+
+  def full_disk(*args, **kwargs):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(pretrained, "save_file", full_disk)
+  with pytest.raises(OSError, match="No space"):
+    export_model(tiny_params(CFG), CFG, HF, make_tokenizer(), tmp_path / "new" / "model")
+  assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_new_decoder_is_read_back_with_its_geometry():
+  config = Config()
+  new = new_decoder(config.new_model, config.compute, vocab_size=60)
+  again = config_from_hf(llama_config(new, context=86))
+  for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
+    assert getattr(again, name) == getattr(new, name)
+  assert again.norm_eps == new.norm_eps and again.tie_embeddings == new.tie_embeddings
+  assert again.layer_kinds[0].rope.theta == new.layer_kinds[0].rope.theta
