@@ -6,6 +6,7 @@ index. Names, shapes and dtypes are checked from the files' headers, before a te
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -18,12 +19,13 @@ import jax
 import numpy as np
 import safetensors
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import param_shardings
 from spo_jax.models.decoder import DecoderConfig, init_params
-from spo_jax.models.families import from_hf, hf_shape, parameter_table, to_hf
+from spo_jax.models.families import Transform, from_hf, hf_shape, parameter_table, to_hf
 
 SHARD_BYTES = 4 * 1024**3  # largest file of an exported checkpoint, unless one tensor is larger
 
@@ -202,16 +204,39 @@ def load_params(pretrained: Pretrained, cfg: DecoderConfig, mesh: jax.sharding.M
     # Opened anew for each tensor: a file that stays open keeps what was read in memory.
     with _open(tensors[name].file) as opened:
       tensor = opened.get_tensor(name)
-    shape = _at(shapes, path).shape
-    view = from_hf(kind, tensor, shape)
-    array = jax.make_array_from_callback(
-      shape, _at(shardings, path), lambda index, view=view: view[index].astype(np.float32)
+    sharding = _at(shardings, path)
+    raw = jax.make_array_from_callback(
+      tensor.shape, _hf_sharding(kind, sharding), lambda index, tensor=tensor: tensor[index]
     )
+    array = raw  # what is stored as it is kept, such as a large embedding, is not copied again
+    if kind is not Transform.SAME or raw.dtype != np.float32:
+      array = _to_param(kind, _at(shapes, path).shape, sharding)(raw)
     node = params
     for step in path[:-1]:
       node = node.setdefault(step, {})
     node[path[-1]] = jax.block_until_ready(array)
   return params
+
+
+@functools.cache
+def _to_param(kind: Transform, shape: tuple[int, ...], sharding: NamedSharding):
+  """Compiled: a tensor on the devices to its parameter. Transposing is slow on a host."""
+  return jax.jit(
+    lambda tensor: from_hf(kind, tensor, shape).astype("float32"), out_shardings=sharding
+  )
+
+
+def _hf_sharding(kind: Transform, sharding: NamedSharding) -> NamedSharding:
+  """Where the parts of a tensor go whose parameter is split as given; heads are split, not Dh."""
+  spec = (*sharding.spec, *[None] * 3)
+  axes = {
+    Transform.SAME: range(len(sharding.spec)),
+    Transform.TRANSPOSED: (1, 0),
+    Transform.TO_HEADS: (1, 0),
+    Transform.FROM_HEADS: (2, 0),
+    Transform.BIAS: (0,),
+  }[kind]
+  return NamedSharding(sharding.mesh, PartitionSpec(*[spec[axis] for axis in axes]))
 
 
 def llama_config(cfg: DecoderConfig, context: int) -> dict[str, Any]:
