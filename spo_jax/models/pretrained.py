@@ -239,12 +239,13 @@ def _hf_sharding(kind: Transform, sharding: NamedSharding) -> NamedSharding:
   return NamedSharding(sharding.mesh, PartitionSpec(*[spec[axis] for axis in axes]))
 
 
-def llama_config(cfg: DecoderConfig, context: int) -> dict[str, Any]:
+def llama_config(cfg: DecoderConfig, context: int, tokenizer: Any) -> dict[str, Any]:
   """The config.json of a decoder that was not read from one: our own geometry is Llama's.
 
   Args:
     cfg: a decoder of the plain kind that `run.new_decoder` makes.
     context: most positions that it was trained at.
+    tokenizer: whose special tokens `transformers` reads here when it generates.
   """
   (kind,) = cfg.layer_kinds
   return {
@@ -263,6 +264,7 @@ def llama_config(cfg: DecoderConfig, context: int) -> dict[str, Any]:
     "max_position_embeddings": context,
     "tie_word_embeddings": cfg.tie_embeddings,
     "dtype": "float32",
+    **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
   }
 
 
@@ -332,7 +334,10 @@ def export_model(
     tokenizer.save_pretrained(unfinished)
     if source is not None and (kept := source.folder / "generation_config.json").is_file():
       shutil.copy(kept, unfinished)
-    unfinished.chmod(0o755)  # a temporary folder is its owner's alone
+    # Temporary folders, and what safetensors writes, are their owner's alone.
+    unfinished.chmod(0o755)
+    for file in unfinished.iterdir():
+      file.chmod(0o644)
     unfinished.rename(folder)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)

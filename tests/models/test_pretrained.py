@@ -27,7 +27,7 @@ from tests.byte_tokenizer import make_tokenizer
 from tests.tiny import shard_params, tiny_config, tiny_params
 
 CFG = tiny_config()
-HF = llama_config(CFG, context=64)
+HF = llama_config(CFG, 64, make_tokenizer())
 READ_CFG = config_from_hf(HF)
 
 
@@ -65,6 +65,7 @@ def test_what_is_written_in_several_files_is_read_back(folder):
   jax.tree.map(np.testing.assert_array_equal, load(folder), tiny_params(CFG))
   assert READ_CFG.layers == CFG.layers and READ_CFG.layer_kinds[0].rope.theta == 1e4
   assert folder.stat().st_mode & 0o777 == 0o755
+  assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
 def test_parameters_lie_where_the_mesh_wants_them(folder):
@@ -201,7 +202,7 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_done(folder, tmp_path
 def test_a_new_decoder_is_read_back_with_its_geometry():
   config = Config()
   new = new_decoder(config.new_model, config.compute, vocab_size=60)
-  again = config_from_hf(llama_config(new, context=86))
+  again = config_from_hf(llama_config(new, 86, make_tokenizer()))
   for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
     assert getattr(again, name) == getattr(new, name)
   assert again.norm_eps == new.norm_eps and again.tie_embeddings == new.tie_embeddings
