@@ -206,7 +206,7 @@ def load_params(pretrained: Pretrained, cfg: DecoderConfig, mesh: jax.sharding.M
       tensor = opened.get_tensor(name)
     sharding = _at(shardings, path)
     raw = jax.make_array_from_callback(
-      tensor.shape, _hf_sharding(kind, sharding), lambda index, tensor=tensor: tensor[index]
+      tensor.shape, hf_sharding(kind, sharding), lambda index, tensor=tensor: tensor[index]
     )
     array = raw  # what is stored as it is kept, such as a large embedding, is not copied again
     if kind is not Transform.SAME or raw.dtype != np.float32:
@@ -226,7 +226,7 @@ def _to_param(kind: Transform, shape: tuple[int, ...], sharding: NamedSharding):
   )
 
 
-def _hf_sharding(kind: Transform, sharding: NamedSharding) -> NamedSharding:
+def hf_sharding(kind: Transform, sharding: NamedSharding) -> NamedSharding:
   """Where the parts of a tensor go whose parameter is split as given; heads are split, not Dh."""
   spec = (*sharding.spec, *[None] * 3)
   axes = {

@@ -14,11 +14,12 @@ from spo_jax.config import Config
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models import pretrained
-from spo_jax.models.families import config_from_hf, parameter_table
+from spo_jax.models.families import Transform, config_from_hf, from_hf, parameter_table, to_hf
 from spo_jax.models.pretrained import (
   check_tensors,
   export_model,
   find_pretrained,
+  hf_sharding,
   llama_config,
   load_params,
 )
@@ -81,6 +82,26 @@ def test_parameters_lie_where_the_mesh_wants_them(folder):
 
   jax.tree.map(same, params, want)
   assert not params["block_0"]["up"].sharding.is_fully_replicated
+
+
+def test_a_device_reads_no_more_than_its_part():
+  """What a device holds of a tensor is, transposed, what it holds of the parameter."""
+  mesh = make_mesh(2, 2, 2)
+  cfg = tiny_config(qkv_bias=True)
+  params = shard_params(cfg, mesh, tiny_params(cfg))
+  split = set()
+  for path, (_, kind) in parameter_table(cfg).items():
+    param = params
+    for step in path:
+      param = param[step]
+    tensor = to_hf(kind, np.asarray(param))
+    sharding = hf_sharding(kind, param.sharding)
+    for shard in param.addressable_shards:
+      part = tensor[sharding.devices_indices_map(tensor.shape)[shard.device]]
+      np.testing.assert_array_equal(from_hf(kind, part, shard.data.shape), shard.data)
+      if part.size < tensor.size:
+        split.add(kind)
+  assert split == set(Transform)
 
 
 def test_dtypes_of_the_source_are_kept(folder, tmp_path, tokenizer):
