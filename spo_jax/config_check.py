@@ -146,6 +146,12 @@ def _check_training(config: Config) -> None:
   _check_optimizers(config)
   _check_rollout(config)
   _check_packing(config)
+  advantage = config.advantage
+  _need(
+    not (advantage.grade_unfinished and advantage.unfinished_penalty),
+    f"config.advantage.unfinished_penalty is {advantage.unfinished_penalty}, but with "
+    "grade_unfinished no response is given it: set one of the two",
+  )
 
 
 def _check_evaluation(config: EvaluationConfig) -> None:
