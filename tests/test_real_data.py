@@ -201,6 +201,8 @@ def test_a_reward_that_can_be_earned_is_learnt(model, data_dir, tmp_path):
   reward = trained.column("train/reward_mean")
   assert_finite(trained)
   assert moved(trained)
+  told = [int(line.split()[1]) for line in trained.told if TRAINS_NOTHING in line]
+  assert all(trained.metrics[iteration]["train/tokens"] == 0 for iteration in told)
   assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.4
 
 
