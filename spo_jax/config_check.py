@@ -235,8 +235,9 @@ def _check_rollout(config: Config) -> None:
   rollout = config.rollout
   _need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   _check_top(rollout, "rollout.")
+  fits = len(config.branches) == len(config.budgets)
   _need(
-    len(config.branches) == len(config.budgets) and min((*config.branches, *config.budgets)) > 0,
+    rollout.strategy == "chain" or (fits and min((*config.branches, *config.budgets)) > 0),
     f"config.rollout: branches {config.branches} need segment_tokens for all levels but the last, "
     f"which takes what max_response_tokens {rollout.max_response_tokens} leaves; "
     f"budgets are {config.budgets}",

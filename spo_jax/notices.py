@@ -72,8 +72,9 @@ def nothing_trained(
 
 def _all_equal(config, forest, leaves, reward, metrics) -> str:
   line = f"all {len(leaves)} responses have reward {reward:g}"
-  if reward <= 0:
-    line = f"no reward yet, {line} from config.data.grader '{config.data.grader}'"
+  if reward > 0:
+    return line
+  line = f"no reward yet, {line} from config.data.grader '{config.data.grader}'"
   if cut_off := int(np.sum(~forest.finished[leaves])):
     line += f"; {cut_off} were cut off at config.rollout.max_response_tokens "
     line += str(config.rollout.max_response_tokens)

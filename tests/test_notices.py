@@ -38,7 +38,7 @@ def test_an_iteration_that_trains_is_not_told():
 @pytest.mark.parametrize(
   "rewards, metrics, line",
   [
-    ([1, 1], {}, "all 2 responses have reward 1; rollouts/ has some to read"),
+    ([1, 1], {}, "all 2 responses have reward 1"),
     (
       [0, 0, 0],
       {},
