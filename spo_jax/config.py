@@ -126,6 +126,7 @@ class AdvantageConfig:
   eps: float = 1e-8  # added to the siblings' deviation
   tolerance: float = 1e-6  # a segment is trained if its advantage is larger in size
   unfinished_penalty: float = 0.0  # reward of a response cut off by the length limit
+  grade_unfinished: bool = False  # such a response is graded like the others instead
 
 
 @dataclasses.dataclass(frozen=True)

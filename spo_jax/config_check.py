@@ -152,6 +152,12 @@ def _check_training(config: Config) -> None:
   _check_optimizers(config)
   _check_rollout(config)
   _check_packing(config)
+  advantage = config.advantage
+  _need(
+    not (advantage.grade_unfinished and advantage.unfinished_penalty),
+    f"config.advantage.unfinished_penalty is {advantage.unfinished_penalty}, but with "
+    "grade_unfinished no response is given it: set one of the two",
+  )
 
 
 def _check_evaluation(config: EvaluationConfig) -> None:
@@ -235,8 +241,9 @@ def _check_rollout(config: Config) -> None:
   rollout = config.rollout
   _need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   _check_top(rollout, "rollout.")
+  fits = len(config.branches) == len(config.budgets)
   _need(
-    len(config.branches) == len(config.budgets) and min((*config.branches, *config.budgets)) > 0,
+    rollout.strategy == "chain" or (fits and min((*config.branches, *config.budgets)) > 0),
     f"config.rollout: branches {config.branches} need segment_tokens for all levels but the last, "
     f"which takes what max_response_tokens {rollout.max_response_tokens} leaves; "
     f"budgets are {config.budgets}",

@@ -19,6 +19,8 @@ from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.mesh import shard_batch
 from spo_jax.infra.metrics import MetricWriter
 from spo_jax.infra.report import write_report
+from spo_jax.notices import Notices
+from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run, delimiter_ids
 from spo_jax.sampling import strategies
 from spo_jax.training import packing
@@ -49,6 +51,7 @@ def train(run: Run) -> Any:
   state = init_state(params, config.optimizer)
   del params
   counters = Counters()
+  notices = Notices(run.progress.note)
   checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
   with MetricWriter(run.workdir) as writer, contextlib.closing(checkpoints):
     if (latest := checkpoints.latest()) is not None:
@@ -81,6 +84,7 @@ def train(run: Run) -> Any:
       if last or counters.iteration == 1 or counters.iteration % config.eval.every == 0:
         rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
       log(run, writer, counters, clock, metrics)
+      notices.look(config, counters.iteration, forest, rewards, metrics)
       if last or counters.iteration % config.checkpoint.every == 0:
         record = {
           "counters": dataclasses.asdict(counters),
@@ -98,8 +102,9 @@ def sample(
   """Samples a forest for a batch of prompts and grades its leaves.
 
   Returns:
-    (forest, rewards [N] with NaN at inner nodes, metrics).
+    (forest, rewards [N] to train on with NaN at inner nodes, metrics).
   """
+  config = run.config
   began = time.perf_counter()
   with run.progress.bar("rollout", total=2) as advance:
     forest = grow(run, params, run.task.prompts(records, run.key("rollout"), "ordinal"))
@@ -110,6 +115,9 @@ def sample(
     texts = run.task.texts([forest.response(leaf) for leaf in leaves])
     answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
     rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
+    if not config.advantage.grade_unfinished:
+      cut_off = forest.leaf & ~forest.finished
+      rewards = shape_unfinished(rewards, cut_off, config.advantage.unfinished_penalty)
     advance(1)
   own = leaves[~forest.probe[leaves]]
   path_tokens = [len(forest.response(leaf)) for leaf in own]

@@ -97,6 +97,22 @@ def test_a_value_that_cannot_work_is_named(path, value, message):
     from_config_dict(changed(path, value), Config)
 
 
+def test_a_penalty_that_no_response_is_given_is_named():
+  config = changed("advantage.grade_unfinished", True)
+  from_config_dict(config, Config)
+  config.advantage.unfinished_penalty = -1.0
+  with pytest.raises(UserError, match="config.advantage.unfinished_penalty is -1.0, but"):
+    from_config_dict(config, Config)
+
+
+def test_a_chain_needs_no_branches():
+  config = changed("rollout.max_response_tokens", 8)
+  with pytest.raises(UserError, match="branches"):
+    from_config_dict(config, Config)
+  config.rollout.strategy = "chain"
+  assert from_config_dict(config, Config).longest_segments == (40, 8)
+
+
 def test_a_missing_field_is_named():
   config = default_config()
   config.unlock()

@@ -16,25 +16,6 @@ class ForestValues(NamedTuple):
   known: jax.Array  # [N] bool
 
 
-def shaped_rewards(
-  rewards: jax.Array, truncated: jax.Array, *, unfinished_penalty: float
-) -> jax.Array:
-  """A rollout cut off by the length limit gets the penalty in place of its graded reward.
-
-  Args:
-    rewards: [N] float, graded rewards; may be anything (NaN too) where truncated.
-    truncated: [N] bool, the rollout hit the length limit.
-    unfinished_penalty: reward of a truncated rollout, 0 for "as good as wrong". A caller that
-      wants truncated rollouts graded like the others does not call this.
-
-  Returns:
-    [N] float.
-  """
-  chex.assert_equal_shape([rewards, truncated])
-  chex.assert_type([rewards, truncated], [float, bool])
-  return jnp.where(truncated, unfinished_penalty, rewards)
-
-
 def forest_values(
   parent: jax.Array,
   depth: jax.Array,

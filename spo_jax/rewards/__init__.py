@@ -70,6 +70,20 @@ def shape(
   return np.where(repeats & (repeated_marker_reward != 0), repeated_marker_reward, rewards)
 
 
+def shape_unfinished(rewards: np.ndarray, cut_off: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+  """Rewards to train on: a response cut off by the length limit has the penalty, whatever it says.
+
+  Args:
+    rewards: [N] float, graded; may be anything (NaN too) where cut off.
+    cut_off: [N] bool.
+    penalty: scalar or what broadcasts to [N]; 0 is "as good as wrong".
+
+  Returns:
+    [N] float32.
+  """
+  return np.where(cut_off, penalty, rewards).astype(np.float32)
+
+
 def grade_all(
   responses: Sequence[str], answers: Sequence[str], grader: Grader | GraderPool | str
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ def estimate(
   Args:
     forest: N nodes.
     rewards: [N] float32, read at the leaves.
-    cfg: kind of advantage, tolerance, penalty of unfinished responses.
+    cfg: kind of advantage, tolerance.
     probed: values come from probes alone (SPO-chain); otherwise from all children.
 
   Returns:
@@ -44,7 +44,6 @@ def estimate(
     pad(forest.depth, -1),
     pad(rewards, 0),
     pad(forest.leaf, False),
-    pad(forest.finished, False),
     pad(forest.probe, False),
     pad(counted, False),
     max_depth=_power_of_two(int(forest.depth.max())),
@@ -58,10 +57,7 @@ def _power_of_two(size: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("max_depth", "cfg"))
-def _estimate(parent, depth, rewards, leaf, finished, probe, counted, *, max_depth, cfg):
-  rewards = value_ops.shaped_rewards(
-    rewards, leaf & ~finished, unfinished_penalty=cfg.unfinished_penalty
-  )
+def _estimate(parent, depth, rewards, leaf, probe, counted, *, max_depth, cfg):
   forest = value_ops.forest_values(parent, depth, rewards, leaf, counted, max_depth=max_depth)
   advantages = advantage_kinds.make_advantage(cfg.kind, eps=cfg.eps)(forest, parent, counted)
   trained = advantage_kinds.nonzero(advantages, tolerance=cfg.tolerance) & (depth > 0) & ~probe

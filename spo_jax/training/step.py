@@ -211,7 +211,8 @@ def train_step(
 
   The KL is summed over a segment's tokens and averaged over segments, as in the reference. A batch
   whose mean ratio exceeds `ratio_threshold`, whose gradient is not finite, or without a token in
-  its loss mask, changes nothing.
+  its loss mask, changes nothing, to the last bit: with gradient 0 Adam would go on along its
+  moments, decay the weights, and count an update of the schedule.
 
   Args:
     cfg: decoder geometry.

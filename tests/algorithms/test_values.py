@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from spo_jax.algorithms import values
+from spo_jax.rewards import shape_unfinished
 from tests.algorithms import reference
 
 
@@ -66,10 +67,8 @@ def test_chain_values_are_means_of_their_own_probes():
 
 def test_monte_carlo_values_of_the_reference(fixture_arrays):
   data = fixture_arrays("mc_value")
-  shaped = values.shaped_rewards(
-    data["rollout_reward"].astype(np.float32),
-    data["rollout_truncated"],
-    unfinished_penalty=data["unfinished_penalty"].astype(np.float32)[:, None],
+  shaped = shape_unfinished(
+    data["rollout_reward"], data["rollout_truncated"], data["unfinished_penalty"][:, None]
   )
   trees = [
     reference.path_forest([rewards[:n]], score=np.nan)

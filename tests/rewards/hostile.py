@@ -1,4 +1,4 @@
-"""A grader that does what its text says, for tests of the pool; imports no JAX."""
+"""Graders for tests of the pool and of the loop; they import no JAX."""
 
 import os
 import signal
@@ -52,3 +52,25 @@ def misbehave(response: str, answer: str) -> float:
     case "sleep":
       time.sleep(0.3)
   return float(response.startswith("good") and answer == "answer")
+
+
+def by_length(response: str, answer: str) -> float:
+  """Hangs, raises, says 0 or says 1, as the length of a response modulo 4 is 0, 1, 2 or 3."""
+  del answer
+  kind = len(response) % 4
+  if kind == 0:
+    time.sleep(1000)
+  if kind == 1:
+    raise RuntimeError("an odd response")
+  return float(kind == 3)
+
+
+def has_digit(response: str, answer: str) -> float:
+  """1.0 for a response in which a digit stands, whatever the answer."""
+  del answer
+  return float(any(letter in "0123456789" for letter in response))
+
+
+def fail(response: str, answer: str) -> float:
+  """Raises."""
+  raise RuntimeError(f"{response} or {answer}?")

@@ -217,6 +217,12 @@ def test_several_markers_may_cost_a_penalty():
   assert rewards.shape(np.ones(4), responses, 0.0).tolist() == [1, 1, 1, 1]
 
 
+def test_a_response_cut_off_by_the_limit_gets_the_penalty():
+  graded, cut_off = np.array([1, 1, np.nan], np.float32), np.array([False, True, True])
+  shaped = rewards.shape_unfinished(graded, cut_off, -0.5)
+  assert shaped.tolist() == [1, -0.5, -0.5] and shaped.dtype == np.float32
+
+
 def test_grade_all_arguments():
   with pytest.raises(ValueError, match="2 responses but 1 answers"):
     rewards.grade_all(["a", "b"], ["a"], "numbers")

@@ -87,13 +87,6 @@ def test_a_group():
   )
 
 
-def test_a_response_cut_off_by_the_limit_gets_the_penalty():
-  group = forest_of([ROOT, (0, True, False), (0, False, False)])
-  rewards = np.array([np.nan, 1, 1], np.float32)
-  got = estimate(group, rewards, AdvantageConfig(unfinished_penalty=-1.0), probed=False)
-  assert_estimate(got, values=[0, 1, -1], advantages=[0, 1, -1], trained=[1, 2])
-
-
 # A trajectory of three segments (2, 3, 4) and two probes at the prompt and at each of its cuts.
 CHAIN = forest_of(
   [

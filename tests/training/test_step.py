@@ -19,7 +19,7 @@ from spo_jax.training.step import (
   supervised_step,
   train_step,
 )
-from tests.tiny import SGD, loss_config, tiny_config, tiny_params
+from tests.tiny import SGD, loss_config, optimizer_config, tiny_config, tiny_params
 from tests.training.forests import (
   assert_trees_close,
   own_segments,
@@ -228,6 +228,20 @@ def test_nothing_to_train_changes_nothing(params, ref_params):
   prepared = prepare(MODEL, LOSS, ref_params, nothing, jnp.int32(counts["micro_batches"]))
   assert bool(jnp.isfinite(prepared.advantages).all())
   assert same(step(params, prepared, 0, 0)[0], state_of(params))
+
+
+def test_without_tokens_adam_does_not_go_on_along_its_moments(params, ref_params):
+  adam = optimizer_config(weight_decay=0.1)
+  *_, batch, _ = make_batch()
+  batch = prepare(MODEL, LOSS, ref_params, batch, jnp.int32(4))
+  state, _ = step(params, batch, 0, 4, optimizer_cfg=adam)
+  assert not same(state.params, params)
+  want = jax.tree.map(np.array, state)  # a copy: the step donates
+  empty = batch._replace(loss_mask=jnp.zeros_like(batch.loss_mask))
+  for count in (4, 0):
+    state, metrics = train_step(MODEL, LOSS, adam, state, empty, jnp.int32(0), jnp.int32(count))
+    assert metrics["skipped"] == 1
+    assert same(state, want)
 
 
 def test_a_batch_far_off_policy_is_skipped(params, ref_params):

@@ -1,0 +1,85 @@
+"""What a person is told, once, when an iteration trains nothing: that it is so, and why."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from spo_jax.config import Config
+from spo_jax.forest import Forest
+
+
+class Notices:
+  """Tells each reason once in the life of a process, however many iterations it holds.
+
+  Args:
+    note: shows a line.
+  """
+
+  def __init__(self, note: Callable[[str], None]):
+    self._note = note
+    self._told: set[str] = set()
+
+  def look(
+    self,
+    config: Config,
+    iteration: int,
+    forest: Forest,
+    rewards: np.ndarray,
+    metrics: Mapping[str, float],
+  ) -> None:
+    """Tells why an iteration trained nothing, unless it did or the reason is known already.
+
+    Args:
+      config: of the run.
+      iteration: its number.
+      forest: what was sampled, N nodes.
+      rewards: [N] float32, read at the leaves.
+      metrics: of the iteration.
+    """
+    if metrics["train/skipped"] < 1:
+      return
+    reason, line = nothing_trained(config, forest, rewards, metrics)
+    if reason not in self._told:
+      self._told.add(reason)
+      self._note(f"iteration {iteration} trains nothing: {line}")
+
+
+def nothing_trained(
+  config: Config, forest: Forest, rewards: np.ndarray, metrics: Mapping[str, float]
+) -> tuple[str, str]:
+  """Why no update of an iteration changed anything: (kind of reason, a line that tells it).
+
+  Arguments are those of `Notices.look`.
+  """
+  if metrics["train/tokens"]:
+    if metrics["train/ratio"] > config.loss.ratio_threshold:
+      return "ratio", (
+        f"the mean ratio to the sampling policy is {metrics['train/ratio']:.3g}, above "
+        f"config.loss.ratio_threshold {config.loss.ratio_threshold:g}"
+      )
+    return "not finite", "the gradient is not finite"
+  if metrics["train/segments"]:
+    return "probable", (
+      f"all tokens of the {metrics['train/segments']} segments with an advantage had a probability "
+      f"of config.probability_threshold {config.probability_threshold:g} or more when sampled"
+    )
+  leaves = np.flatnonzero(forest.leaf)
+  found = np.unique(rewards[leaves])
+  if len(found) > 1:
+    return "alike", "rewards differ from prompt to prompt, but not between responses to one"
+  return f"all {found[0]}", _all_equal(config, forest, leaves, float(found[0]), metrics)
+
+
+def _all_equal(config, forest, leaves, reward, metrics) -> str:
+  line = f"all {len(leaves)} responses have reward {reward:g}"
+  if reward > 0:
+    return line
+  line = f"no reward yet, {line} from config.data.grader '{config.data.grader}'"
+  if cut_off := int(np.sum(~forest.finished[leaves])):
+    line += f"; {cut_off} were cut off at config.rollout.max_response_tokens "
+    line += str(config.rollout.max_response_tokens)
+    if not config.advantage.grade_unfinished:
+      line += f", for config.advantage.unfinished_penalty {config.advantage.unfinished_penalty:g}"
+  if failures := metrics["train/grader_failures"]:
+    line += f"; the grader failed on {failures}"
+  return f"{line}; rollouts/ has some to read"
