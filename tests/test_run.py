@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from spo_jax.config import Config, DataConfig
+from spo_jax.config import ComputeConfig, Config, DataConfig
 from spo_jax.errors import UserError
 from spo_jax.run import make_run
 from tests.byte_tokenizer import BOS, END_TURN, EOS, make_tokenizer
@@ -59,3 +59,9 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_once(folder, tmp_pat
 def test_a_chat_needs_a_chat_template(folder, tmp_path):
   with pytest.raises(UserError, match="the tokenizer has no chat template"):
     make_run(config(40, tokenizer=folder, template="chat"), tmp_path, Notes())
+
+
+def test_a_backend_that_the_device_lacks_is_refused(tmp_path):
+  settings = dataclasses.replace(Config(), compute=ComputeConfig(attention="cudnn"))
+  with pytest.raises(UserError, match="attention 'cudnn' needs an NVIDIA GPU, the device is a cpu"):
+    make_run(settings, tmp_path, Notes())

@@ -106,8 +106,8 @@ def backends(spec):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-  """Of 8 keys, so that the loop over them runs more than once."""
-  monkeypatch.setattr(flash, "CHUNK", 8)
+  """Of one key block, two, or all, so that the loop over them runs more than once."""
+  monkeypatch.setattr(flash, "SCORES", 100)
 
 
 dense_capped = functools.partial(dense_attention, scale=CAPPED_WINDOW.scale, cap=CAPPED_WINDOW.cap)

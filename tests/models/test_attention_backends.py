@@ -55,7 +55,7 @@ def path(T, block):
 
 def test_scores_of_bfloat16_inputs_are_float32(monkeypatch):
   """Scores of size 30, which bfloat16 would round by up to 0.06, are exact to the last bits."""
-  monkeypatch.setattr(flash, "CHUNK", 8)
+  monkeypatch.setattr(flash, "SCORES", 100)
   spec = AttentionSpec(4.0)
   listed = random_forests(2, 24, 8, 4)
   halves = random_qkv(2, 24, dtype=jnp.bfloat16)
@@ -73,7 +73,7 @@ def test_scores_of_bfloat16_inputs_are_float32(monkeypatch):
 def test_causal_attention_of_every_backend(monkeypatch, T, window):
   """Blocks of 8 keys, of which a window of 9 reaches one back, and one of 10 two."""
   monkeypatch.setattr(flash, "CAUSAL_BLOCK", 8)
-  monkeypatch.setattr(flash, "CHUNK", 8)
+  monkeypatch.setattr(flash, "SCORES", 100)
   spec = AttentionSpec(0.7, window)
   qkv = random_qkv(2, T)
   positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))

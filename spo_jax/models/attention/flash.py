@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
 
-CHUNK = 512  # most keys of a chunk, unless a key block has more
+# Most scores of a head that exist at a time, unless a pair of blocks has more. On a CPU larger ones
+# leave its caches; much smaller ones are many small operations.
+SCORES = 2**17
 CAUSAL_BLOCK = 256  # most queries, and keys, of a block of a causal row
 # Of a query that has seen no key: far above NEG_INF, so that masked keys get weight 0.
 EMPTY = NEG_INF / 2
@@ -54,14 +56,15 @@ def interval_attention(
   chex.assert_shape(until_BxJxL, (B, J, T // J))
   chex.assert_is_divisible(T, J)
   chex.assert_is_divisible(T, N)
-  X = min(W, max(1, CHUNK // L))
+  C = T // N
+  X = min(W, max(1, SCORES // (C * L)))
   M = -(-W // X)
   padding = ((0, 0), (0, 0), (0, M * X - W))
   blocks_BxNxMX = jnp.pad(key_blocks_BxNxW, padding, constant_values=-1)
   chunks_NxBxMxX = blocks_BxNxMX.reshape(B, N, M, X).swapaxes(0, 1)
   used_N = jnp.sum(jnp.any(chunks_NxBxMxX >= 0, axis=(1, 3)), axis=-1)
   listed = _Listed(chunks_NxBxMxX, used_N, until_BxJxL, positions_BxT)
-  q = q_BxTxHxDh.reshape(B, N, T // N, K, H // K, Dh).transpose(1, 0, 3, 4, 2, 5)
+  q = q_BxTxHxDh.reshape(B, N, C, K, H // K, Dh).transpose(1, 0, 3, 4, 2, 5)
   k, v = (x.reshape(B, J, L, K, Dh).transpose(0, 3, 1, 2, 4) for x in (k_BxTxKxDh, v_BxTxKxDh))
   mixed_NxBxKxGxCxDh = _attention(spec, q, k, v, listed)
   return mixed_NxBxKxGxCxDh.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, H, Dh)
@@ -152,6 +155,11 @@ def _mix_back(weights_BxKxGxCxS, x_BxKxGxCxDh):
   )
 
 
+def _over_chunks(chunk, used, M: int, carry):
+  """The carry after `used` of M chunks; a loop whose length is data waits for it on a GPU."""
+  return chunk(0, carry) if M == 1 else jax.lax.fori_loop(0, used, chunk, carry)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(spec, q, k, v, listed):
   """[N, B, K, G, C, Dh], like q; k and v are [B, K, J, L, Dh]."""
@@ -177,7 +185,7 @@ def _forward(spec: AttentionSpec, q, k, v, listed: _Listed):
 
     zeros = jnp.zeros((B, K, G, C))
     start = (zeros + EMPTY, zeros, jnp.zeros((B, K, G, C, Dh)))
-    peak, total, mixed = jax.lax.fori_loop(0, used, chunk, start)
+    peak, total, mixed = _over_chunks(chunk, used, chunks.shape[1], start)
     total = jnp.where(total > 0, total, 1)
     return (mixed / total[..., None]).astype(v.dtype), peak + jnp.log(total)
 
@@ -208,7 +216,7 @@ def _backward(spec: AttentionSpec, kept, d_mixed):
       return d_q + _mix(d_products, keys), d_k, d_v
 
     start = (jnp.zeros((B, K, G, C, Dh)), *d_keys_values)
-    d_q, *d_keys_values = jax.lax.fori_loop(0, used, chunk, start)
+    d_q, *d_keys_values = _over_chunks(chunk, used, chunks.shape[1], start)
     return tuple(d_keys_values), d_q.astype(q.dtype)
 
   zeros = jnp.zeros(k.shape), jnp.zeros(v.shape)
