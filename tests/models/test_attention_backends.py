@@ -95,8 +95,35 @@ def test_memory_is_linear_in_the_length_of_a_path():
 
   short, long = (temporaries(flash.interval_attention, T) for T in (512, 2048))
   assert long < 4.2 * short
-  assert long < 4 * 2048 * 2048  # one head's scores, in float32
   assert temporaries(blocks.interval_attention, 2048) > 4 * long
+
+
+def test_no_array_is_larger_than_the_queries(monkeypatch):
+  """Where a head has no more scores at a time than the queries have numbers."""
+  T, (q, k, v) = 2048, random_qkv(1, 2048)
+  monkeypatch.setattr(flash, "SCORES", T * DH)
+  text = gradients(flash.interval_attention).lower((q, k, v), *path(T, 128)).compile().as_text()
+  sizes = {
+    np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\[([\d,]+)\]", text)
+  }
+  assert max(sizes) == q.size
+
+
+def test_flash_gives_nothing_to_and_takes_nothing_from_a_query_that_sees_no_key():
+  """The first row's keys are listed, and seen by nobody."""
+  positions, until, listed = random_forests(2, 16, 8, 8)
+  until[0] = 0
+  qkv = random_qkv(2, 16)
+  mixed = jax.jit(flash.interval_attention, static_argnums=6)(*qkv, positions, until, listed, SPEC)
+  grads = gradients(flash.interval_attention)(qkv, positions, until, listed)
+  for x in (mixed, *grads):
+    assert not x[0].any() and x[1].any()
+
+
+def test_padding_of_the_list_is_left_out_of_sums_over_blocks():
+  total = jnp.zeros((1, 1, 3, 2, 1))
+  got = flash._add(total, jnp.array([[1, -1, -1]]), jnp.ones((1, 1, 6, 1)))
+  np.testing.assert_array_equal(got[0, 0, :, :, 0], [[0, 0], [1, 1], [0, 0]])
 
 
 def test_rows_and_heads_are_split_over_a_mesh_without_gathering():
