@@ -4,10 +4,12 @@ Both take the same optimiser step from one full tree: the packed forest runs eve
 rows run a prefix again for every segment below it. The rows are no straw man: those of one length
 form a batch without padding, attention is dense and causal over so few tokens, and only the
 segment's own tokens are unembedded. Micro-batches of both hold as many tokens: on a CPU large ones
-are slow for either. The two steps run in turn, in one process.
+are slow for either. All steps run in turn, in one process: a packed one for each backend of
+attention, and that on rows.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -24,11 +26,18 @@ from flax import linen as nn
 
 from spo_jax.algorithms import losses
 from spo_jax.forest import Forest, ForestBuilder
+from spo_jax.models.attention import BACKENDS
 from spo_jax.models.decoder import DecoderConfig, LayerKind, forward, init_params, unembedding
 from spo_jax.models.rope import Rope
 from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from spo_jax.training.packing import PackConfig, pack
-from spo_jax.training.step import LossConfig, TrainState, init_state, train_step
+from spo_jax.training.step import (
+  LossConfig,
+  TrainState,
+  compiled_step,
+  init_state,
+  train_step,
+)
 
 # Adam with a huge epsilon, for comparing gradients: its first update is the gradient times 1000,
 # which rounding of the parameters does not hide.
@@ -173,6 +182,14 @@ def parse_args() -> argparse.Namespace:
   add("--micro-batch", default=2080, help="most tokens of a micro-batch, of either form")
   add("--repeats", default=5)
   add("--dtype", type=str, default="float32", help="of activations")
+  add(
+    "--attention",
+    type=str,
+    nargs="+",
+    choices=BACKENDS,
+    default=["blocks", "flash"],
+    help="backends of the packed forest",
+  )
   return parser.parse_args()
 
 
@@ -237,17 +254,18 @@ def measure(steps, fresh, repeats: int) -> tuple[dict[str, list[float]], dict[st
 
 
 def summary(tokens, seconds, cpu_seconds) -> dict[str, Any]:
-  """Medians, extremes and the ratios of the two forms."""
+  """Medians, extremes and the ratios of the rows to each packed form."""
   median = {name: statistics.median(times) for name, times in seconds.items()}
   # On a CPU that other processes share, steadier than the clock.
   cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
+  ratios = lambda of: {name: of["rows"] / of[name] for name in of if name != "rows"}
   return {
     "tokens": tokens,
     "seconds": {name: [min(t), median[name], max(t)] for name, t in seconds.items()},
     "cpu_seconds": cpu,
-    "ratio": median["rows"] / median["packed"],
-    "cpu_ratio": cpu["rows"] / cpu["packed"],
-    "token_ratio": tokens["rows"] / tokens["packed"],
+    "ratio": ratios(median),
+    "cpu_ratio": ratios(cpu),
+    "token_ratio": ratios(tokens),
   }
 
 
@@ -261,14 +279,16 @@ def print_table(record: dict[str, Any]) -> None:
     f"tree {record['branches']}, segments of {record['segment']}; gradients agree to "
     f"{record['gradient_error']:.0e}"
   )
-  print(f"{'update':<8}{'tokens':>10}{'min s':>10}{'median s':>10}{'max s':>10}{'CPU s':>10}")
+  columns = ("update", "tokens", "MiB", "min s", "median s", "max s", "CPU s")
+  print(f"{columns[0]:<8}" + "".join(f"{name:>10}" for name in columns[1:]))
   for name, times in record["seconds"].items():
-    line = (*times, record["cpu_seconds"][name])
+    line = (record["temporary_mib"][name], *times, record["cpu_seconds"][name])
     print(f"{name:<8}{record['tokens'][name]:>10}" + "".join(f"{x:>10.3f}" for x in line))
-  print(
-    f"rows / packed: {record['ratio']:.2f} in time, {record['cpu_ratio']:.2f} in CPU time, "
-    f"{record['token_ratio']:.2f} in tokens"
-  )
+  for name, ratio in record["ratio"].items():
+    print(
+      f"rows / {name}: {ratio:.2f} in time, {record['cpu_ratio'][name]:.2f} in CPU time, "
+      f"{record['token_ratio'][name]:.2f} in tokens"
+    )
 
 
 def main() -> None:
@@ -279,18 +299,30 @@ def main() -> None:
   advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
   packed, micro_batches, packed_tokens = packed_tree(args, forest, advantages)
   rows = segment_rows(forest, advantages, args.micro_batch)
-  span = jnp.int32(0), jnp.int32(micro_batches)
-
-  def packed_step(state):
-    state, metrics = train_step(cfg, loss_cfg, OPTIMIZER, state, packed, *span)
-    return state, metrics["loss"]
-
-  steps = {"packed": packed_step, "rows": lambda state: rows_step(cfg, loss_cfg, state, rows)}
+  batch = packed, jnp.int32(0), jnp.int32(micro_batches)
   params = nn.unbox(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
   fresh = lambda: init_state(jax.tree.map(jnp.copy, params), OPTIMIZER)
-  error = check_agreement(params, *(step(fresh()) for step in steps.values()))
+
+  def packed_step(backend):
+    backend_cfg = dataclasses.replace(cfg, attention=backend)
+    step = compiled_step(train_step, fresh())
+    return step.lower(backend_cfg, loss_cfg, OPTIMIZER, fresh(), *batch).compile()
+
+  compiled = {backend: packed_step(backend) for backend in args.attention}
+  compiled["rows"] = rows_step.lower(cfg, loss_cfg, fresh(), rows).compile()
+
+  def packed_update(state, backend):
+    state, metrics = compiled[backend](state, *batch)
+    return state, metrics["loss"]
+
+  steps = {name: functools.partial(packed_update, backend=name) for name in args.attention}
+  rows_update = steps["rows"] = lambda state: compiled["rows"](state, rows)
+  on_rows = rows_update(fresh())
+  error = max(check_agreement(params, steps[name](fresh()), on_rows) for name in args.attention)
   seconds, cpu_seconds = measure(steps, fresh, args.repeats)
-  tokens = {"packed": packed_tokens, "rows": sum(tokens.size for tokens, _, _ in rows)}
+  tokens = dict.fromkeys(args.attention, packed_tokens)
+  tokens["rows"] = sum(tokens.size for tokens, _, _ in rows)
+  mib = lambda step: step.memory_analysis().temp_size_in_bytes / 2**20
   record = {
     "benchmark": "update",
     "machine": machine(),
@@ -298,6 +330,7 @@ def main() -> None:
     **vars(args),
     "key_blocks": packed.key_blocks.shape[-1],
     "gradient_error": error,
+    "temporary_mib": {name: mib(step) for name, step in compiled.items()},
     **summary(tokens, seconds, cpu_seconds),
   }
   print_table(record)

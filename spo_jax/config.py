@@ -57,6 +57,7 @@ class ComputeConfig:
 
   dtype: str = "float32"  # of activations, matmuls and caches; parameters are float32
   remat: bool = False  # recompute each block in the backward pass, which saves memory
+  attention: str = "blocks"  # or "flash", "cudnn"; see models/attention/__init__.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from spo_jax.config import (
 )
 from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
+from spo_jax.models.attention import BACKENDS
 
 _POSITIVE = (
   "iterations",
@@ -61,6 +62,7 @@ _CHOICES = {
   "optimizer.decay": ("cosine", "linear"),
   "warm_start_optimizer.decay": ("cosine", "linear"),
   "compute.dtype": ("float32", "bfloat16"),
+  "compute.attention": BACKENDS,
 }
 _EVALUATION_POSITIVE = (
   "samples",
@@ -163,7 +165,7 @@ def _check_training(config: Config) -> None:
 def _check_evaluation(config: EvaluationConfig) -> None:
   _need(config.model != "", "config.model names no model: give a folder or a hub id")
   _check_positive(config, _EVALUATION_POSITIVE)
-  _check_choices(config, {"compute.dtype": _CHOICES["compute.dtype"]})
+  _check_choices(config, {n: c for n, c in _CHOICES.items() if n.startswith("compute.")})
   _check_data(config.data)
   _check_top(config)
   _need(

@@ -25,6 +25,7 @@ from spo_jax.evaluation import respond
 from spo_jax.forest import Forest
 from spo_jax.infra.mesh import make_mesh, row_shards
 from spo_jax.infra.progress import Progress
+from spo_jax.models.attention import check_backend
 from spo_jax.models.families import config_from_hf
 from spo_jax.models.pretrained import check_tensors, find_pretrained, load_params
 from spo_jax.sampling.sampler import Sampler
@@ -62,8 +63,11 @@ def evaluate_model(
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
   pretrained = find_pretrained(config.model)
-  model = config_from_hf(pretrained.hf, dtype=config.compute.dtype, remat=config.compute.remat)
+  compute, device = config.compute, mesh.devices.flat[0]
+  model = config_from_hf(pretrained.hf, **dataclasses.asdict(compute))
   check_tensors(pretrained, model)
+  head_dim, cap = model.head_dim, model.attention_cap
+  check_backend(compute.attention, device, dtype=compute.dtype, head_dim=head_dim, cap=cap)
   task = open_task(
     config.data,
     max_prompt_tokens=config.max_prompt_tokens,

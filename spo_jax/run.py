@@ -12,6 +12,7 @@ from spo_jax.config_check import check_mesh
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
+from spo_jax.models.attention import check_backend
 from spo_jax.models.decoder import DecoderConfig, LayerKind, init_params
 from spo_jax.models.families import config_from_hf
 from spo_jax.models.pretrained import (
@@ -90,16 +91,20 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   """Builds the parts of a run and checks them against each other. The caller closes it.
 
   Raises:
-    UserError: if a batch does not divide over the mesh, or the model cannot be used; see
-      `open_task` for what the data may lack.
+    UserError: if a batch does not divide over the mesh, or the model or its attention cannot be
+      used; see `open_task` for what the data may lack.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
   pretrained = model = None
+  head_dim, cap = config.new_model.head_dim, None
   if config.model:
     pretrained = find_pretrained(config.model)
     model = pretrained_decoder(pretrained, config.compute)
     check_tensors(pretrained, model)
+    head_dim, cap = model.head_dim, model.attention_cap
+  compute, device = config.compute, mesh.devices.flat[0]
+  check_backend(compute.attention, device, dtype=compute.dtype, head_dim=head_dim, cap=cap)
   task = open_task(
     config.data,
     max_prompt_tokens=config.rollout.max_prompt_tokens,
@@ -115,16 +120,14 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
 
 def pretrained_decoder(pretrained: Pretrained, compute: ComputeConfig) -> DecoderConfig:
   """The decoder of a checkpoint's config.json; see `families.config_from_hf`."""
-  return config_from_hf(pretrained.hf, dtype=compute.dtype, remat=compute.remat)
+  return config_from_hf(pretrained.hf, **dataclasses.asdict(compute))
 
 
 def new_decoder(new: NewModelConfig, compute: ComputeConfig, vocab_size: int) -> DecoderConfig:
   """The decoder that a config describes: every layer sees all, RoPE is not scaled."""
-  fields = dataclasses.asdict(new)
+  fields = dataclasses.asdict(new) | dataclasses.asdict(compute)
   kinds = (LayerKind(Rope(fields.pop("rope_theta"), "exact")),)
-  return DecoderConfig(
-    vocab_size=vocab_size, layer_kinds=kinds, **fields, dtype=compute.dtype, remat=compute.remat
-  )
+  return DecoderConfig(vocab_size=vocab_size, layer_kinds=kinds, **fields)
 
 
 def delimiter_ids(tokenizer, delimiter: str) -> tuple[int, ...]:

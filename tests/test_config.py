@@ -79,6 +79,7 @@ def test_the_schedule_follows_the_number_of_updates():
     ("advantage.kind", "rloo", "it must be one of: difference, normalized, leave_one_out"),
     ("new_model.kv_heads", 3, "heads 2 must be a multiple of kv_heads 3"),
     ("compute.dtype", "float16", "dtype"),
+    ("compute.attention", "splash", "it must be one of: blocks, flash, cudnn"),
     ("packing.query_block", 64, "row_length 288 must be a multiple of query_block 64"),
     ("packing.key_block", 24, "query_block 32 must be a multiple of key_block 24"),
     ("packing.row_length", 64, "row_length 64 must hold the longest prompt and response"),

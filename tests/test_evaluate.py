@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import eval as eval_config
-from spo_jax.config import Config, EvaluationConfig, default_config
+from spo_jax.config import ComputeConfig, Config, EvaluationConfig, default_config
 from spo_jax.config_check import from_config_dict
 from spo_jax.errors import UserError
 from spo_jax.evaluate import RESPONSES_FILE, SUMMARY_FILE, evaluate_model, read_whole_batches
@@ -147,6 +147,8 @@ def test_accuracy_in_training_does_not_depend_on_batches(exported, tmp_path):
 def test_mistakes_are_named(exported, tmp_path):
   with pytest.raises(UserError, match="batch 3 cannot be divided over the mesh"):
     run_evaluation(evaluation(exported, batch=3), tmp_path)
+  with pytest.raises(UserError, match="attention 'cudnn' needs an NVIDIA GPU"):
+    run_evaluation(evaluation(exported, compute=ComputeConfig(attention="cudnn")), tmp_path)
   with pytest.raises(UserError, match="has no split 'tset'"):
     run_evaluation(evaluation(exported, split="tset"), tmp_path)
   small = tmp_path / "small"

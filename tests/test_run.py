@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from spo_jax.config import Config, DataConfig
+from spo_jax.config import ComputeConfig, Config, DataConfig
 from spo_jax.errors import UserError
 from spo_jax.models.pretrained import export_model, llama_config
 from spo_jax.run import make_run
@@ -75,4 +75,10 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(tmp_path):
   hf = {**hf, "num_attention_heads": 3}
   (tmp_path / "model" / "config.json").write_text(json.dumps(hf))
   with pytest.raises(UserError, match="num_attention_heads 3 must be a multiple"):
+    make_run(settings, tmp_path, Notes())
+
+
+def test_a_backend_that_the_device_lacks_is_refused(tmp_path):
+  settings = dataclasses.replace(Config(), compute=ComputeConfig(attention="cudnn"))
+  with pytest.raises(UserError, match="attention 'cudnn' needs an NVIDIA GPU, the device is a cpu"):
     make_run(settings, tmp_path, Notes())

@@ -1,7 +1,7 @@
 """One Linen decoder for the Llama, Mistral, Qwen and Gemma families: training, prefill and decode.
 
 The three uses differ in attention alone, so attention is an argument: `attend(q, k, v, positions,
-context, cache, spec)` returns the mixed values and the layer's new cache. `models/attention.py` has
+context, cache, spec)` returns the mixed values and the layer's new cache. `models/attention/` has
 the three of them. `models/families.py` makes a `DecoderConfig` of a Hugging Face config.
 
 Axis letters: B rows, T tokens, D width, H heads, K key-value heads, Dh head dimension, F
@@ -60,6 +60,7 @@ class DecoderConfig:
   embedding_scale: float = 1.0  # of the embedding where it enters the first block
   query_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
   attention_cap: float | None = None  # soft cap of those scaled products
+  attention: str = "blocks"  # who computes attention, of attention.BACKENDS
   logit_cap: float | None = None  # soft cap of the logits
 
   def layer_kind(self, layer: int) -> LayerKind:
@@ -69,7 +70,7 @@ class DecoderConfig:
   def attention_spec(self, kind: LayerKind) -> AttentionSpec:
     """What attention does in layers of a kind."""
     scale = self.head_dim**-0.5 if self.query_scale is None else self.query_scale
-    return AttentionSpec(scale, kind.window, self.attention_cap)
+    return AttentionSpec(scale, kind.window, self.attention_cap, self.attention)
 
 
 class RMSNorm(nn.Module):

@@ -89,7 +89,7 @@ UNSUPPORTED = (
 
 
 def config_from_hf(
-  hf: dict[str, Any], *, dtype: str = "float32", remat: bool = False
+  hf: dict[str, Any], *, dtype: str = "float32", remat: bool = False, attention: str = "blocks"
 ) -> DecoderConfig:
   """The decoder that a Hugging Face config describes.
 
@@ -97,6 +97,7 @@ def config_from_hf(
     hf: the contents of config.json, as any version of `transformers` writes it.
     dtype: of activations and matmuls.
     remat: whether blocks are recomputed in the backward pass.
+    attention: who computes it, of attention.BACKENDS.
 
   Returns:
     The config of the decoder.
@@ -154,6 +155,7 @@ def config_from_hf(
     activation=ACTIVATIONS[choice(activation[0], hf.get(*activation), ACTIVATIONS)],
     qkv_bias=family.qkv_bias,
     qk_norm=family.qk_norm,
+    attention=attention,
     **gemma,
   )
 

@@ -9,7 +9,8 @@ from spo_jax.models.attention import (
   AttentionSpec,
   DecodeContext,
   attend_decode,
-  interval_attention,
+  blocks,
+  flash,
 )
 from spo_jax.training.packing import visible_blocks
 
@@ -98,24 +99,37 @@ def depths(prev):
   return (ancestors(prev).sum(-1) - 1).astype(np.int32)
 
 
-plain_attention = functools.partial(interval_attention, spec=PLAIN)
-capped_window_attention = functools.partial(interval_attention, spec=CAPPED_WINDOW)
+def backends(spec):
+  """The two implementations of interval attention."""
+  return [functools.partial(backend.interval_attention, spec=spec) for backend in (blocks, flash)]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+  """Of one key block, two, or all, so that the loop over them runs more than once."""
+  monkeypatch.setattr(flash, "SCORES", 100)
+
+
 dense_capped = functools.partial(dense_attention, scale=CAPPED_WINDOW.scale, cap=CAPPED_WINDOW.cap)
 
 
+@pytest.mark.parametrize("attention", backends(PLAIN), ids=["blocks", "flash"])
 @pytest.mark.parametrize(
   "queries, keys, width", [(24, 24, 0), (8, 8, 0), (12, 4, 0), (24, 3, 0), (3, 3, 8)]
 )
-def test_interval_attention_is_attention_to_ancestors(forests, qkv, queries, keys, width):
+def test_interval_attention_is_attention_to_ancestors(
+  forests, qkv, attention, queries, keys, width
+):
   prev, until = forests
   visible = np.stack([ancestors(row) for row in prev])
-  blocks = in_blocks(until, queries, keys, width)
-  got = value_and_grads(plain_attention, qkv, np.zeros((3, T), np.int32), *blocks)
+  listed = in_blocks(until, queries, keys, width)
+  got = value_and_grads(attention, qkv, np.zeros((3, T), np.int32), *listed)
   want = value_and_grads(jax.vmap(dense_attention), qkv, visible)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), got, want)
 
 
-def test_a_window_counts_ancestors_not_row_indices(forests, qkv):
+@pytest.mark.parametrize("attention", backends(CAPPED_WINDOW), ids=["blocks", "flash"])
+def test_a_window_counts_ancestors_not_row_indices(forests, qkv, attention):
   prev, until = forests
   positions = np.stack([depths(row) for row in prev])
   visible = np.stack([ancestors(row) for row in prev])
@@ -123,19 +137,20 @@ def test_a_window_counts_ancestors_not_row_indices(forests, qkv):
   index = np.arange(T)
   by_index = visible & (index[:, None] - index < CAPPED_WINDOW.window)
   assert (near != visible).any() and (near != by_index).any()
-  got = value_and_grads(capped_window_attention, qkv, positions, *in_blocks(until, 12, 4, 0))
+  got = value_and_grads(attention, qkv, positions, *in_blocks(until, 12, 4, 0))
   want = value_and_grads(jax.vmap(dense_capped), qkv, near)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-6), got, want)
 
 
-def test_fully_masked_queries_are_finite(qkv):
+@pytest.mark.parametrize("attention", backends(PLAIN), ids=["blocks", "flash"])
+def test_fully_masked_queries_are_finite(qkv, attention):
   """A row of nothing but padding, whose keys are visible to nobody."""
   until = np.zeros((3, T), np.int32)
   until[1:] = T
-  blocks = np.full((3, 3, 3), -1, np.int32)
-  blocks[1:] = visible_blocks(until[1:], 8, 8, 3)
+  listed = np.full((3, 3, 3), -1, np.int32)
+  listed[1:] = visible_blocks(until[1:], 8, 8, 3)
   positions = np.zeros((3, T), np.int32)
-  result = value_and_grads(plain_attention, qkv, positions, until.reshape(3, 3, 8), blocks)
+  result = value_and_grads(attention, qkv, positions, until.reshape(3, 3, 8), listed)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 

@@ -1,0 +1,73 @@
+"""The attention of the three uses of the decoder: packed forests, prefill, shared-prefix decode.
+
+All softmaxes are in float32, so that the sampler's log-probs are the trainer's. The three are
+called as `attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
+`spec.backend` names who computes the first two: "blocks", fast for short rows; "flash", in memory
+linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash" for forests.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from spo_jax.models.attention import blocks, cudnn, flash
+from spo_jax.models.attention.decode import DecodeContext, attend_decode
+from spo_jax.models.attention.spec import AttentionSpec
+
+__all__ = [
+  "BACKENDS",
+  "AttentionSpec",
+  "DecodeContext",
+  "PackedContext",
+  "attend_decode",
+  "attend_packed",
+  "attend_prefill",
+  "check_backend",
+]
+
+# backend -> (attention of packed forests, causal attention)
+_FUNCTIONS = {
+  "blocks": (blocks.interval_attention, blocks.causal_attention),
+  "flash": (flash.interval_attention, flash.causal_attention),
+  "cudnn": (flash.interval_attention, cudnn.causal_attention),
+}
+BACKENDS = tuple(_FUNCTIONS)
+
+
+class PackedContext(NamedTuple):
+  """What `attend_packed` needs of a batch of packed forests."""
+
+  until: jax.Array  # [B, J, L] int32
+  key_blocks: jax.Array  # [B, N, W] int32
+
+
+def attend_packed(q, k, v, positions, context: PackedContext, cache, spec: AttentionSpec):
+  """Training: interval attention, no cache."""
+  attention, _ = _FUNCTIONS[spec.backend]
+  return attention(q, k, v, positions, context.until, context.key_blocks, spec), cache
+
+
+def attend_prefill(q, k, v, positions, context, cache, spec: AttentionSpec):
+  """Prefill: causal attention; the cache is (keys, values) [B, K, T, Dh], head-major."""
+  del context, cache
+  _, attention = _FUNCTIONS[spec.backend]
+  return attention(q, k, v, positions, spec), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+
+def check_backend(
+  backend: str, device: jax.Device, *, dtype: str, head_dim: int, cap: float | None
+) -> None:
+  """Checks that a backend can compute a decoder's attention on a device.
+
+  Args:
+    backend: one of BACKENDS.
+    device: where it would run.
+    dtype: of activations.
+    head_dim: size of a head.
+    cap: soft cap of the scores.
+
+  Raises:
+    UserError: if it cannot.
+  """
+  if backend == "cudnn":
+    cudnn.check(device, dtype=dtype, head_dim=head_dim, cap=cap)
