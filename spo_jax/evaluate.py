@@ -63,6 +63,7 @@ def evaluate_model(
   check_mesh(config, row_shards(mesh))
   pretrained = find_pretrained(config.model)
   model = config_from_hf(pretrained.hf, dtype=config.compute.dtype, remat=config.compute.remat)
+  model = model.on(mesh)
   check_tensors(pretrained, model)
   task = open_task(
     config.data,

@@ -157,7 +157,8 @@ def extend(prefix: Prefix, groups: Groups, segments: Segments, index_R: jax.Arra
   return Prefix(tokens_RxC, lengths_R, jax.tree.map(merge, prefix.cache, segments.cache))
 
 
-def _empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int) -> Segments:
+def empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int) -> Segments:
+  """Segments [groups, n] of no tokens, with their cache."""
   S = decode_cfg.max_new_tokens
   shape = (groups, n, cfg.kv_heads, S, cfg.head_dim)
   pair = lambda: (jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
@@ -274,6 +275,8 @@ def decode(
   Returns:
     Segments of the Q groups, in their order.
   """
+  # A step has few tokens, and they are cheaper to send than the weights: those stay.
+  cfg = dataclasses.replace(cfg, gather=None)
   Q, n = groups.starts.shape
   E = min(decode_cfg.slots, Q)
   idle_to_refill = max(1, round(decode_cfg.refill_share * E))
@@ -287,9 +290,9 @@ def decode(
     keys=groups.keys[:E],
     fed=jnp.zeros((E, n), jnp.int32),
     step=jnp.zeros((E,), jnp.int32),
-    segments=_empty_segments(cfg, decode_cfg, E, n),
+    segments=empty_segments(cfg, decode_cfg, E, n),
   )
-  done = drop(_empty_segments(cfg, decode_cfg, Q, n))
+  done = drop(empty_segments(cfg, decode_cfg, Q, n))
 
   def refill(state):
     slots, done, entered, time = state
