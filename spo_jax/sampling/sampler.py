@@ -79,7 +79,7 @@ jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(verbs.decode)
 @functools.partial(jax.jit, static_argnums=0)
 def jit_extend(rows, prefix, groups, segments, index_R):
   """`verbs.extend`, compiled; prefixes are split by rows."""
-  return verbs.keep_rows_split(verbs.extend(prefix, groups, segments, index_R), rows)
+  return verbs.extend(prefix, groups, segments, index_R, rows)
 
 
 def compiled_programs() -> int:
