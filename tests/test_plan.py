@@ -207,6 +207,7 @@ def sized(total: float, compiled: bool = True) -> measure.Measured:
 def test_layers_are_extrapolated_along_a_line():
   found = measure._extend_line(sized(30.0), sized(50.0), (2, 4), at=10)
   assert found.total == 110.0 and found.seconds == 2.0
+  assert measure._extend_line(sized(50.0), sized(30.0), (2, 4), at=10).total == 50.0
 
 
 def test_the_largest_value_is_the_largest_that_compiles_and_fits():

@@ -42,7 +42,7 @@ class Measured:
     return held + self.temporaries + self.beside
 
 
-_SIZES = ("seconds", "arguments", "outputs", "aliased", "temporaries", "beside")
+_SIZES = ("arguments", "outputs", "aliased", "temporaries", "beside")
 
 
 def bytes_per_chip(tree) -> int:
@@ -122,10 +122,16 @@ def measure_all(
 
 
 def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> Measured:
-  """Sizes at a number of layers; seconds are those that the two compilations took."""
+  """Sizes at a number of layers; seconds are those that the two compilations took.
+
+  Where layers take turns with one buffer the line may fall: no size is less than was compiled.
+  """
   share = (at - layers[0]) / (layers[1] - layers[0])
-  line = {
-    name: getattr(a, name) + share * (getattr(b, name) - getattr(a, name)) for name in _SIZES[1:]
-  }
+
+  def size(name: str) -> float:
+    one, other = getattr(a, name), getattr(b, name)
+    return max(one + share * (other - one), one, other)
+
+  line = {name: size(name) for name in _SIZES}
   compiled = a.compiled and b.compiled
   return dataclasses.replace(a, **line, seconds=a.seconds + b.seconds, compiled=compiled)
