@@ -118,7 +118,7 @@ def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, state: TrainState, bucke
     hidden, _ = forward(cfg, attend_causal, params, tokens_BxT, positions)
     logprobs_BxS = losses.token_logprobs(
       hidden[:, T - S - 1 : T - 1],
-      unembedding(cfg, params).astype(hidden.dtype),
+      unembedding(cfg, params),
       tokens_BxT[:, T - S :],
       chunk=loss_cfg.logprob_chunk,
       temperature=loss_cfg.temperature,

@@ -1,7 +1,7 @@
 """The paper's experiments: what they share whatever the method. The method files make them whole.
 
 Hyperparameters are those of AIFrameResearch/SPO (its configs/*.jsonnet); where ours differ, a
-comment says so. Every experiment fits the machine that it names:
+comment says so. Each names a machine; whether a method fits it is told, without it, by
 
   python -m spo_jax.plan --config=configs/spo_tree.py:qwen1.5b_math --topology=v5e:4x4
 """
@@ -27,6 +27,7 @@ class Experiment:
   chain_updates: int  # an epoch, of SPO-chain and GRPO
   chain_epochs: int  # an iteration, likewise
   chain_interval: int  # cutpoints a segment
+  topology: str = "v5e:4x4"  # TPUs, as spo_jax.plan takes them
 
 
 EXPERIMENTS = {
@@ -65,7 +66,7 @@ EXPERIMENTS = {
     chain_interval=5,
   ),
   # Paper, long chains of thought, MATH500 at 2K: 0.566 before, GRPO 0.62, SPO-tree 0.736; at 4K
-  # 0.740, 0.752, 0.828. v5e:4x4, 16 chips of 16 GB.
+  # 0.740, 0.752, 0.828.
   "qwen1.5b_math": Experiment(
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
     data="math",
@@ -147,8 +148,8 @@ EXPERIMENTS = {
     chain_epochs=1,
     chain_interval=40,
   ),
-  # v5p:2x2x2, 8 chips of 95 GB: parameters, gradients, Adam's moments and the reference policy of 7
-  # billion parameters take 20 bytes each.
+  # Parameters, moments and the reference policy of 7 billion parameters take 110 GB, the caches of
+  # SPO-chain's 512 trajectories of 1536 tokens 390 GB, and while they are made 260 GB more.
   "deepseekmath7b_gsm8k": Experiment(
     model="realtreetune/deepseekmath-7b-sft-GSM8K",
     data="gsm8k",
@@ -164,6 +165,7 @@ EXPERIMENTS = {
     chain_updates=4,
     chain_epochs=2,
     chain_interval=5,
+    topology="v5p:2x2x4",
   ),
   "deepseekmath7b_math": Experiment(
     model="realtreetune/deepseekmath-7b-sft-MATH-v2",
@@ -180,6 +182,7 @@ EXPERIMENTS = {
     chain_updates=4,
     chain_epochs=2,
     chain_interval=5,
+    topology="v5p:2x2x4",
   ),
 }
 

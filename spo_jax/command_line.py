@@ -23,27 +23,26 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run that it
 flags.mark_flag_as_required("config")
 
 
-def run_command(argv: list[str], config_class: type, command: Callable[[], None]) -> int:
+def run_command(argv: list[str], config_class: type, command: Callable[[], int | None]) -> int:
   """Parses the command line and does as it says.
 
   Args:
     argv: the command line, program first.
     config_class: dataclass whose fields the config has.
-    command: what is done once the flags are parsed.
+    command: what is done once the flags are parsed; it may return an exit status.
 
   Returns:
-    The exit status.
+    The exit status; None of a command is 0.
   """
   try:
     parse_flags(argv, config_class)
     logging.set_verbosity(logging.WARNING)
-    command()
+    return command() or 0
   except UserError as error:
     # Readers that a damaged checkpoint left half done complain when they are collected at exit.
     sys.unraisablehook = lambda _: None
     print(f"spo_jax: {error}", file=sys.stderr)
     return USER_ERROR_STATUS
-  return 0
 
 
 def parse_flags(argv: list[str], config_class: type) -> None:

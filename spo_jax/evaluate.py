@@ -64,7 +64,7 @@ def evaluate_model(
   check_mesh(config, row_shards(mesh))
   pretrained = find_pretrained(config.model)
   compute, device = config.compute, mesh.devices.flat[0]
-  model = config_from_hf(pretrained.hf, **dataclasses.asdict(compute))
+  model = config_from_hf(pretrained.hf, **dataclasses.asdict(compute)).on(mesh)
   check_tensors(pretrained, model)
   head_dim, cap = model.head_dim, model.attention_cap
   check_backend(compute.attention, device, dtype=compute.dtype, head_dim=head_dim, cap=cap)

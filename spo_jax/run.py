@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from spo_jax.config import ComputeConfig, Config, NewModelConfig
+from spo_jax.config import ComputeConfig, Config, NewModelConfig, RolloutConfig
 from spo_jax.config_check import check_mesh
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
@@ -48,19 +48,13 @@ class Run:
 
   def sampler(self, *, temperature: float, truncate: bool) -> Sampler:
     """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
-    rollout = self.config.rollout
-    sampling = SamplingConfig(
+    return make_sampler(
+      self.config.rollout,
+      self.model,
+      self.mesh,
+      self.task.stop_ids,
       temperature=temperature,
-      top_k=rollout.top_k if truncate else 0,
-      top_p=rollout.top_p if truncate else 1.0,
-    )
-    return Sampler(
-      cfg=self.model,
-      mesh=self.mesh,
-      stop_ids=self.task.stop_ids,
-      sampling=sampling,
-      slots=rollout.slots,
-      refill_share=rollout.refill_share,
+      truncate=truncate,
     )
 
   def initial_params(self) -> Any:
@@ -115,7 +109,32 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   )
   if model is None:
     model = new_decoder(config.new_model, config.compute, len(task.tokenizer))
-  return Run(config, workdir, progress, mesh, model, pretrained, task)
+  return Run(config, workdir, progress, mesh, model.on(mesh), pretrained, task)
+
+
+def make_sampler(
+  rollout: RolloutConfig,
+  model: DecoderConfig,
+  mesh: jax.sharding.Mesh,
+  stop_ids: tuple[int, ...],
+  *,
+  temperature: float,
+  truncate: bool,
+) -> Sampler:
+  """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
+  sampling = SamplingConfig(
+    temperature=temperature,
+    top_k=rollout.top_k if truncate else 0,
+    top_p=rollout.top_p if truncate else 1.0,
+  )
+  return Sampler(
+    cfg=model,
+    mesh=mesh,
+    stop_ids=stop_ids,
+    sampling=sampling,
+    slots=rollout.slots,
+    refill_share=rollout.refill_share,
+  )
 
 
 def pretrained_decoder(pretrained: Pretrained, compute: ComputeConfig) -> DecoderConfig:

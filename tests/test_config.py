@@ -1,6 +1,7 @@
 """Typed configs: every mistake is one clear line before anything is built."""
 
 import dataclasses
+import math
 
 import ml_collections
 import pytest
@@ -44,6 +45,13 @@ def test_every_variant_of_every_config_is_valid(module):
       assert config.data.variant == variant.replace("arithmetic", "plain")
   with pytest.raises(UserError, match="unknown variant 'nope'.*arithmetic"):
     module.get_config("nope")
+
+
+@pytest.mark.parametrize("module", [spo_tree, spo_chain, grpo])
+def test_every_experiment_divides_over_the_machine_that_it_names(module):
+  for variant, experiment in EXPERIMENTS.items():
+    chips = math.prod(int(size) for size in experiment.topology.partition(":")[2].split("x"))
+    check_mesh(from_config_dict(module.get_config(variant), Config), chips)
 
 
 def test_variants_of_the_paper_differ_as_they_say():

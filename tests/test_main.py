@@ -55,7 +55,7 @@ def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
       tmp_path / "empty",
       {"eval__split": "train[:0]"},
     ),
-    "needs 3 devices, this machine has 1": (CONFIG, tmp_path / "mesh", {"mesh__data": 3}),
+    "needs 3 devices, there are 1": (CONFIG, tmp_path / "mesh", {"mesh__data": 3}),
     "checkpoints/2 cannot be read": (CONFIG, truncated, {}),
     "metrics.jsonl has 3 bytes but the checkpoint was made at": (CONFIG, tampered, {}),
   }

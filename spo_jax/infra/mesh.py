@@ -1,6 +1,7 @@
 """One mesh, and one table from logical axes to mesh axes: shardings are decided here alone."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -21,19 +22,27 @@ PARAM_RULES = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(
+  data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """The mesh of the first data * fsdp * tensor devices; an axis of -1 takes all that are left.
+
+  Args:
+    data: devices along the axis.
+    fsdp: likewise.
+    tensor: likewise.
+    devices: what the mesh is made of; None is all of this machine.
 
   Raises:
     UserError: if the axes do not fit the number of devices.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   data, fsdp, tensor = mesh_shape(data, fsdp, tensor, len(devices))
   size = data * fsdp * tensor
   if size > len(devices):
     raise UserError(
       f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} needs {size} devices, "
-      f"this machine has {len(devices)}"
+      f"there are {len(devices)}"
     )
   grid = np.asarray(devices[:size]).reshape(data, fsdp, tensor)
   return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -92,11 +101,29 @@ def param_shardings(mesh: Mesh, boxed_params):
     A pytree like the unboxed parameters.
   """
 
-  def one(box: nn.Partitioned) -> NamedSharding:
-    spec = []
-    for size, name in zip(box.value.shape, box.names, strict=True):
-      axis = PARAM_RULES.get(name)
-      spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
+  one = lambda box: NamedSharding(mesh, PartitionSpec(*_axes(mesh, box.value.shape, box.names)))
   return jax.tree.map(one, boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def gather_weight(mesh: Mesh | None, weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+  """A weight as it multiplies rows: gathered over the mesh axes that the rows are split over.
+
+  Left to itself the compiler may do the converse: leave the weight where it is, gather the rows,
+  and so hold the activations of all rows on every device.
+
+  Args:
+    mesh: the mesh; None leaves the weight as it is.
+    weight: a parameter, or what it was cast to.
+    names: logical names of its axes.
+  """
+  if mesh is None:
+    return weight
+  kept = [None if axis in ROWS else axis for axis in _axes(mesh, weight.shape, names)]
+  return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*kept)))
+
+
+def _axes(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> list[str | None]:
+  """The mesh axis of each axis of a parameter."""
+  axes = [PARAM_RULES.get(name) for name in names]
+  fits = lambda size, axis: axis is not None and size % mesh.shape[axis] == 0
+  return [axis if fits(size, axis) else None for size, axis in zip(shape, axes, strict=True)]

@@ -15,12 +15,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from spo_jax.infra.mesh import gather_weight
 from spo_jax.models.attention import AttentionSpec
 from spo_jax.models.rope import Rope, rotary_tables, rotate
 from spo_jax.numerics import soft_cap
 
 Attend = Callable[..., tuple[jax.Array, Any]]
+
+_EMBEDDING_AXES = ("vocab", "width")
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
@@ -62,6 +66,13 @@ class DecoderConfig:
   attention_cap: float | None = None  # soft cap of those scaled products
   attention: str = "blocks"  # who computes attention, of attention.BACKENDS
   logit_cap: float | None = None  # soft cap of the logits
+  # Weights are gathered where they are used, as `infra.mesh.gather_weight` tells; None: they stay.
+  gather: Mesh | None = None
+
+  def on(self, mesh: Mesh) -> "DecoderConfig":
+    """This decoder for training and prefill on a mesh: where fsdp splits weights, they are
+    gathered."""
+    return dataclasses.replace(self, gather=mesh if mesh.shape["fsdp"] > 1 else None)
 
   def layer_kind(self, layer: int) -> LayerKind:
     """The kind of a layer."""
@@ -113,11 +124,13 @@ class Block(nn.Module):
 
   def _weight(self, name, shape, axes, fan_in_axes=(0,)):
     init = nn.with_partitioning(fan_in_init(*fan_in_axes), axes)
-    return self.param(name, init, shape).astype(self.cfg.dtype)
+    weight = self.param(name, init, shape).astype(self.cfg.dtype)
+    return gather_weight(self.cfg.gather, weight, axes)
 
   def _bias(self, name, shape, axes):
     init = nn.with_partitioning(nn.initializers.zeros, axes)
-    return self.param(name, init, shape).astype(self.cfg.dtype)[None, None]
+    bias = self.param(name, init, shape).astype(self.cfg.dtype)
+    return gather_weight(self.cfg.gather, bias, axes)[None, None]
 
   @nn.compact
   def __call__(self, x_BxTxD, positions_BxT, tables, context, cache):
@@ -184,12 +197,12 @@ class Decoder(nn.Module):
       (hidden states after the last norm [B, T, D], tuple of the layers' new caches).
     """
     c = self.cfg
-    init = nn.with_partitioning(nn.initializers.truncated_normal(c.width**-0.5), ("vocab", "width"))
-    embedding_VxD = self.param("embedding", init, (c.vocab_size, c.width))
+    init = nn.with_partitioning(nn.initializers.truncated_normal(c.width**-0.5), _EMBEDDING_AXES)
+    embedding_VxD = self.param("embedding", init, (c.vocab_size, c.width)).astype(c.dtype)
     if not c.tie_embeddings:
-      init = nn.with_partitioning(fan_in_init(0), ("width", "vocab"))
+      init = nn.with_partitioning(fan_in_init(0), _EMBEDDING_AXES[::-1])
       self.param("unembedding", init, (c.width, c.vocab_size))
-    x_BxTxD = embedding_VxD.astype(c.dtype)[tokens_BxT]
+    x_BxTxD = gather_weight(c.gather, embedding_VxD, _EMBEDDING_AXES)[tokens_BxT]
     if c.embedding_scale != 1:
       x_BxTxD = x_BxTxD * c.embedding_scale
     ropes = dict.fromkeys(kind.rope for kind in c.layer_kinds)  # a set has no fixed order
@@ -212,14 +225,14 @@ def forward(cfg, attend, params, tokens_BxT, positions_BxT, context=None, caches
 
 
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:
-  """The [D, V] matrix that turns hidden states into logits."""
-  return params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
+  """The [D, V] matrix that turns hidden states into logits, in the dtype of the activations."""
+  matrix_DxV = params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
+  return gather_weight(cfg.gather, matrix_DxV.astype(cfg.dtype), _EMBEDDING_AXES[::-1])
 
 
 def token_logits(cfg: DecoderConfig, params, hidden: jax.Array) -> jax.Array:
   """Logits [..., V] float32 of what follows, from hidden states [..., D]."""
-  matrix_DxV = unembedding(cfg, params).astype(hidden.dtype)
-  logits = jnp.dot(hidden, matrix_DxV, preferred_element_type=jnp.float32)
+  logits = jnp.dot(hidden, unembedding(cfg, params), preferred_element_type=jnp.float32)
   return soft_cap(logits, cfg.logit_cap)
 
 

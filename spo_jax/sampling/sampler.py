@@ -27,7 +27,7 @@ class Sampler:
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
     prompts = shard_rows(self.mesh, (tokens_RxP, lengths_R))
-    return _prefill(self.cfg, row_sharding(self.mesh), params, *prompts)
+    return jit_prefill(self.cfg, row_sharding(self.mesh), params, *prompts)
 
   def decode(
     self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
@@ -45,7 +45,12 @@ class Sampler:
         f"config.rollout.slots {self.slots} must be a multiple of {row_shards(self.mesh)}, "
         "the data x fsdp axes of the mesh"
       )
-    decode_cfg = verbs.DecodeConfig(
+    decode_cfg = self.decode_config(max_new_tokens, keep_cache)
+    return jit_decode(self.cfg, decode_cfg, params, prefix, shard_rows(self.mesh, groups))
+
+  def decode_config(self, max_new_tokens: int, keep_cache: bool) -> verbs.DecodeConfig:
+    """Static arguments of `verbs.decode`."""
+    return verbs.DecodeConfig(
       max_new_tokens=max_new_tokens,
       slots=self.slots,
       refill_share=self.refill_share,
@@ -54,27 +59,32 @@ class Sampler:
       keep_cache=keep_cache,
       rows=row_sharding(self.mesh),
     )
-    return _decode(self.cfg, decode_cfg, params, prefix, shard_rows(self.mesh, groups))
 
   def extend(self, prefix, groups, segments, index_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.extend`."""
     groups, index_R = shard_rows(self.mesh, (groups, index_R))
-    return _extend(prefix, groups, segments, index_R)
+    return jit_extend(row_sharding(self.mesh), prefix, groups, segments, index_R)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(cfg, rows, params, tokens_RxP, lengths_R):
+def jit_prefill(cfg, rows, params, tokens_RxP, lengths_R):
+  """`verbs.prefill`, compiled; prefixes are split by rows."""
   # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
   return verbs.keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R), rows)
 
 
-_decode = functools.partial(jax.jit, static_argnums=(0, 1))(verbs.decode)
-_extend = jax.jit(verbs.extend)
+jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(verbs.decode)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jit_extend(rows, prefix, groups, segments, index_R):
+  """`verbs.extend`, compiled; prefixes are split by rows."""
+  return verbs.extend(prefix, groups, segments, index_R, rows)
 
 
 def compiled_programs() -> int:
   """Number of programs that the verbs have been compiled to so far in this process."""
-  return sum(verb._cache_size() for verb in (_prefill, _decode, _extend))
+  return sum(verb._cache_size() for verb in (jit_prefill, jit_decode, jit_extend))
 
 
 @jax.jit

@@ -59,6 +59,7 @@ def grow_tree(
     index = np.full(wanted.size, verbs.NO_GROUP, np.int32)
     index[: len(survives)] = survives
     prefix = sampler.extend(prefix, groups, segments, index)
+    del segments  # their cache is in the prefixes now
     starts = np.where(index >= 0, (groups.starts + host.lengths).reshape(-1)[index], 1)
     row = np.where(index >= 0, np.arange(len(index)), verbs.NO_GROUP).astype(np.int32)
     nodes, keys = children.reshape(-1)[index], keys.reshape(-1)[index]
@@ -120,6 +121,7 @@ def grow_chain(
   first_of_prompt = np.cumsum(cuts[:, 0].reshape(shape), axis=1).reshape(-1) == 1
   cuts[:, 0] &= first_of_prompt
   prefix = sampler.extend(prefix, groups, segments, np.arange(len(mask), dtype=np.int32))
+  del segments  # their cache is in the prefixes now
   for row, position in _deal_cuts(cuts, cuts_per_group):
     wanted = np.repeat(position >= 0, probes, axis=1)
     position = np.maximum(position, 0)

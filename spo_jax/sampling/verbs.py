@@ -82,6 +82,30 @@ def keep_rows_split(tree, rows: NamedSharding | None):
   return jax.tree.map(pin, tree)
 
 
+def _whole_on_each(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+  """Gathers the leading axis: every device can then take the rows that it needs."""
+  if rows is None:
+    return x
+  spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
+
+
+def _in_turn(move, *trees):
+  """jax.tree.map(move, *trees), one leaf after the other.
+
+  Rows move between devices. Left to itself the compiler moves the caches of all layers at once, and
+  holds all of what it gathered.
+  """
+  first, *others = trees
+  leaves, treedef = jax.tree.flatten(first)
+  moved = []
+  for arrays in zip(leaves, *map(treedef.flatten_up_to, others), strict=True):
+    if moved:
+      arrays, moved[-1] = jax.lax.optimization_barrier((arrays, moved[-1]))
+    moved.append(move(*arrays))
+  return treedef.unflatten(moved)
+
+
 class _Slots(NamedTuple):
   """State of the groups being decoded."""
 
@@ -114,7 +138,13 @@ def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Ar
   return Prefix(tokens_RxP, lengths_R, cache)
 
 
-def extend(prefix: Prefix, groups: Groups, segments: Segments, index_R: jax.Array) -> Prefix:
+def extend(
+  prefix: Prefix,
+  groups: Groups,
+  segments: Segments,
+  index_R: jax.Array,
+  rows: NamedSharding | None = None,
+) -> Prefix:
   """Makes prefixes of chosen continuations: what they saw of their prefix, and their suffix.
 
   Args:
@@ -122,6 +152,7 @@ def extend(prefix: Prefix, groups: Groups, segments: Segments, index_R: jax.Arra
     groups: what was asked for.
     segments: what came back, with its cache.
     index_R: [R'] int32, continuations as `group * n + child`; NO_GROUP pads (a prefix of length 0).
+    rows: how prefixes are split over a mesh; None leaves it open.
 
   Returns:
     R' prefixes of capacity P + S.
@@ -150,14 +181,18 @@ def extend(prefix: Prefix, groups: Groups, segments: Segments, index_R: jax.Arra
   take = lambda store, slots: jnp.take_along_axis(store, slots[:, None, :, None], axis=2)
 
   def merge(old, new):
-    return jnp.where(
+    old, new = _whole_on_each(old, rows), _whole_on_each(new, rows)
+    merged = jnp.where(
       cached_RxC, take(old[row_R], from_prefix_RxC), take(new[group_R, child_R], ring_RxC)
     )
+    return keep_rows_split(merged, rows)
 
-  return Prefix(tokens_RxC, lengths_R, jax.tree.map(merge, prefix.cache, segments.cache))
+  cache = _in_turn(merge, prefix.cache, segments.cache)
+  return Prefix(*keep_rows_split((tokens_RxC, lengths_R), rows), cache)
 
 
-def _empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int) -> Segments:
+def empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int) -> Segments:
+  """Segments [groups, n] of no tokens, with their cache."""
   S = decode_cfg.max_new_tokens
   shape = (groups, n, cfg.kv_heads, S, cfg.head_dim)
   pair = lambda: (jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
@@ -171,7 +206,14 @@ def _empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n
   )
 
 
-def _admit(prefix: Prefix, groups: Groups, slots: _Slots, entering_E: jax.Array, time) -> _Slots:
+def _admit(
+  prefix: Prefix,
+  groups: Groups,
+  slots: _Slots,
+  entering_E: jax.Array,
+  time: jax.Array,
+  rows: NamedSharding | None,
+) -> _Slots:
   """Puts the groups `entering_E` (NO_GROUP: none) into their slots at ring time `time`."""
   enters_E = entering_E >= 0
   group_E = jnp.maximum(entering_E, 0)
@@ -187,8 +229,10 @@ def _admit(prefix: Prefix, groups: Groups, slots: _Slots, entering_E: jax.Array,
   zeros = jnp.zeros_like(segments.lengths)
   return _Slots(
     group=jnp.where(enters_E, entering_E, slots.group),
-    prefix_cache=jax.tree.map(
-      lambda new, old: choose(new[row_E], old), prefix.cache, slots.prefix_cache
+    prefix_cache=_in_turn(
+      lambda new, old: keep_rows_split(choose(new[row_E], old), rows),
+      prefix.cache,
+      slots.prefix_cache,
     ),
     starts=choose(starts_Exn, slots.starts),
     limits=choose(groups.limits[group_E], slots.limits),
@@ -274,6 +318,8 @@ def decode(
   Returns:
     Segments of the Q groups, in their order.
   """
+  # A step has few tokens, and they are cheaper to send than the weights: those stay.
+  cfg = dataclasses.replace(cfg, gather=None)
   Q, n = groups.starts.shape
   E = min(decode_cfg.slots, Q)
   idle_to_refill = max(1, round(decode_cfg.refill_share * E))
@@ -287,21 +333,23 @@ def decode(
     keys=groups.keys[:E],
     fed=jnp.zeros((E, n), jnp.int32),
     step=jnp.zeros((E,), jnp.int32),
-    segments=_empty_segments(cfg, decode_cfg, E, n),
+    segments=empty_segments(cfg, decode_cfg, E, n),
   )
-  done = drop(_empty_segments(cfg, decode_cfg, Q, n))
+  done = drop(empty_segments(cfg, decode_cfg, Q, n))
 
   def refill(state):
     slots, done, entered, time = state
     idle_E = ~_running(slots).any(-1)
     leaving_E = jnp.where(idle_E & (slots.group >= 0), slots.group, Q)
-    done = jax.tree.map(
-      lambda store, new: store.at[leaving_E].set(new, mode="drop"), done, drop(slots.segments)
+    leave = lambda store, new: keep_rows_split(
+      store.at[leaving_E].set(new, mode="drop"), decode_cfg.rows
     )
+    done = _in_turn(leave, done, drop(slots.segments))
     entering_E = entered + jnp.cumsum(idle_E) - 1
     entering_E = jnp.where(idle_E & (entering_E < wanted), entering_E, NO_GROUP)
     slots = slots._replace(group=jnp.where(idle_E, NO_GROUP, slots.group))
-    slots = _admit(prefix, groups, slots, entering_E.astype(jnp.int32), time)
+    entering_E = entering_E.astype(jnp.int32)
+    slots = _admit(prefix, groups, slots, entering_E, time, decode_cfg.rows)
     slots, done = keep_rows_split((slots, done), decode_cfg.rows)
     return slots, done, entered + (entering_E >= 0).sum(), time
 

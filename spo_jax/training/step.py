@@ -68,10 +68,9 @@ def forest_logprobs(
   # Gathered before the unembedding: siblings share the state at the end of their parent.
   prev_BxT = jnp.maximum(batch.prev, 0)
   hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, prev_BxT[..., None], axis=1)
-  matrix_DxV = unembedding(cfg, params).astype(hidden_BxTxD.dtype)
   return losses.token_logprobs(
     hidden_BxTxD,
-    matrix_DxV,
+    unembedding(cfg, params),
     batch.tokens,
     chunk=chunk,
     temperature=temperature,
@@ -79,19 +78,36 @@ def forest_logprobs(
   )
 
 
-def init_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
-  """The state before the first update: moments lie where their parameters do, counts everywhere."""
-  optimizer = make_optimizer(optimizer_cfg)
+def new_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
+  """The state before the first update."""
+  opt_state = make_optimizer(optimizer_cfg).init(params)
+  return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+
+
+def state_shardings(params, optimizer_cfg: OptimizerConfig) -> TrainState:
+  """Where a state lies: moments where their parameters do, counts everywhere.
+
+  Args:
+    params: parameters, or their shapes with shardings.
+    optimizer_cfg: the optimiser.
+  """
   home = jax.tree.leaves(params)[0].sharding
   whole = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
+  optimizer = make_optimizer(optimizer_cfg)
   opt_state = optax.tree.map_params(
     optimizer,
-    lambda moment, param: jax.device_put(moment, param.sharding),
-    optimizer.init(params),
+    lambda _, param: param.sharding,
+    jax.eval_shape(optimizer.init, params),
     params,
-    transform_non_params=lambda count: jax.device_put(count, whole),
+    transform_non_params=lambda _: whole,
   )
-  return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), whole))
+  return TrainState(jax.tree.map(lambda param: param.sharding, params), opt_state, whole)
+
+
+def init_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
+  """The state before the first update, where `state_shardings` puts it."""
+  state = new_state(params, optimizer_cfg)
+  return jax.device_put(state, state_shardings(params, optimizer_cfg))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

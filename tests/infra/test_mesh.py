@@ -33,14 +33,15 @@ def one_update(data, fsdp, tensor):
   assert counts["micro_batches"] == 2
   mesh = meshes.make_mesh(data, fsdp, tensor)
   params, ref_params = (shard_params(MODEL, mesh, tiny_params(MODEL, seed)) for seed in (0, 1))
-  batch = prepare(MODEL, LOSS, ref_params, meshes.shard_batch(mesh, packed), jnp.int32(2))
+  model = MODEL.on(mesh)
+  batch = prepare(model, LOSS, ref_params, meshes.shard_batch(mesh, packed), jnp.int32(2))
   state = init_state(params, SGD)
   # The moments are split as their parameters are.
   adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
   for moment, param in zip(jax.tree.leaves(adam.mu), jax.tree.leaves(params), strict=True):
     assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)
   shardings = jax.tree.map(lambda x: x.sharding, params)
-  state, metrics = train_step(MODEL, LOSS, SGD, state, batch, jnp.int32(0), jnp.int32(2))
+  state, metrics = train_step(model, LOSS, SGD, state, batch, jnp.int32(0), jnp.int32(2))
   return state, metrics, shardings
 
 
@@ -116,7 +117,7 @@ def test_meshes_that_do_not_fit_are_refused_with_both_numbers():
   assert dict(meshes.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
   assert dict(meshes.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
   assert meshes.make_mesh(1, 1, 3).size == 3
-  with pytest.raises(UserError, match="data 4 x fsdp 2 x tensor 2 needs 16 devices.* has 8"):
+  with pytest.raises(UserError, match="data 4 x fsdp 2 x tensor 2 needs 16 devices.* are 8"):
     meshes.make_mesh(4, 2, 2)
   with pytest.raises(UserError, match="fsdp 3, tensor 1: 3 does not divide the 8 devices"):
     meshes.make_mesh(-1, 3, 1)

@@ -1,0 +1,193 @@
+"""A plan before a run: `python -m spo_jax.plan --config=configs/spo_tree.py:qwen1.5b_math
+--topology=v5e:4x4` compiles the run's programs for a machine that is not there, and says whether
+they fit.
+
+Exit status: 0 it fits, 1 it does not, 2 a mistake of the user's.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable
+
+from absl import flags
+
+from spo_jax import command_line
+from spo_jax.config import Config
+from spo_jax.config_check import check_mesh, from_config_dict
+from spo_jax.data.tokenizer import load_tokenizer
+from spo_jax.errors import UserError
+from spo_jax.infra.mesh import make_mesh, row_shards
+from spo_jax.infra.topology import Topology, open_topology
+from spo_jax.models.decoder import DecoderConfig
+from spo_jax.models.families import config_from_hf
+from spo_jax.models.known import KNOWN_MODELS
+from spo_jax.models.pretrained import find_pretrained
+from spo_jax.planning import programs, report
+from spo_jax.planning.measure import Measured, measure_all
+from spo_jax.run import new_decoder
+
+DOES_NOT_FIT_STATUS = 1
+_TRIES = 3  # compilations to verify the largest value of a field
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, ..., or cpu:N")
+_CHIP_GIB = flags.DEFINE_float("chip_gib", None, "memory of a chip, in place of the known one")
+_LAYERS = flags.DEFINE_list("layers", [], "two numbers: compile so many, draw a line to the rest")
+_LARGEST = flags.DEFINE_bool("largest", True, "look for the largest packing.rows, rollout.slots")
+_JSON = flags.DEFINE_string("json", None, "file for the plan as JSON")
+flags.mark_flag_as_required("topology")
+
+
+def plan_from_flags() -> int:
+  """Compiles, prints, writes. Returns the exit status."""
+  config = from_config_dict(command_line.CONFIG.value, Config)
+  topology = open_topology(_TOPOLOGY.value, _CHIP_GIB.value)
+  note = lambda text: print(text, file=sys.stderr, flush=True)
+  plan = make_plan(config, topology, _parse_layers(_LAYERS.value), _LARGEST.value, note)
+  print("\n".join(report.lines(plan)))
+  if _JSON.value:
+    try:
+      pathlib.Path(_JSON.value).write_text(json.dumps(report.as_json(plan), indent=2) + "\n")
+    except OSError as error:
+      raise UserError(f"--json: '{_JSON.value}' cannot be written: {error.strerror}") from error
+  return 0 if plan.all_fit else DOES_NOT_FIT_STATUS
+
+
+def _parse_layers(values: list[str]) -> tuple[int, ...]:
+  layers = tuple(int(value) for value in values if value.isdigit() and int(value))
+  if len(layers) != len(values) or len(layers) not in (0, 2) or len(set(layers)) != len(layers):
+    raise UserError(f"--layers={','.join(values)} must be two different positive numbers: 2,4")
+  return layers
+
+
+def make_plan(
+  config: Config,
+  topology: Topology,
+  layers: tuple[int, ...],
+  look_for_largest: bool,
+  note: Callable[[str], None],
+) -> report.Plan:
+  """Compiles the programs of a run for a topology.
+
+  Args:
+    config: the run.
+    topology: the machine.
+    layers: see `measure_all`.
+    look_for_largest: also look for the largest micro-batch and the most slots.
+    note: tells the user a line.
+
+  Raises:
+    UserError: if the model is unknown, or the config does not go with the machine.
+  """
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.devices)
+  shards = row_shards(mesh)
+  check_mesh(config, shards)
+  setup = programs.Setup(config, planned_decoder(config).on(mesh), mesh)
+  compile_ = lambda setup, kind, only=None: measure_all(setup, kind, layers, note, only)
+  update = compile_(setup, programs.update_programs)
+  sampling = compile_(setup, programs.sampling_programs)
+  evaluation = compile_(setup, programs.evaluation_programs)
+  largest = []
+  if look_for_largest:
+
+    def with_rows(rows: int) -> Measured:
+      packing = dataclasses.replace(config.packing, rows=rows)
+      changed = dataclasses.replace(setup, config=dataclasses.replace(config, packing=packing))
+      return compile_(changed, programs.update_programs, update[-1].name)[0]
+
+    def with_slots(slots: int) -> Measured:
+      rollout = dataclasses.replace(config.rollout, slots=slots)
+      changed = dataclasses.replace(setup, config=dataclasses.replace(config, rollout=rollout))
+      return compile_(changed, programs.sampling_programs, sampling[-1].name)[0]
+
+    room = topology.chip_bytes
+    largest = [
+      find_largest("packing.rows", with_rows, update[-1], config.packing.rows, shards, room),
+      find_largest(
+        "rollout.slots",
+        with_slots,
+        sampling[-1],
+        config.rollout.slots,
+        shards,
+        room,
+        most=decoded_groups(config),
+      ),
+    ]
+  return report.Plan(setup, topology, layers, [*update, *sampling, *evaluation], largest)
+
+
+def planned_decoder(config: Config) -> DecoderConfig:
+  """The decoder of a config, from config.json alone where it is a published one."""
+  if config.model:
+    if pathlib.Path(config.model).expanduser().is_dir():
+      hf = find_pretrained(config.model).hf
+    elif config.model in KNOWN_MODELS:
+      hf = KNOWN_MODELS[config.model]
+    else:
+      raise UserError(
+        f"config.model '{config.model}' is no folder, and its config.json is not among those that "
+        "plans know: give a folder with that file"
+      )
+    return config_from_hf(hf, dtype=config.compute.dtype, remat=config.compute.remat)
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer = load_tokenizer(config.data.tokenizer, work_dir=folder)
+  return new_decoder(config.new_model, config.compute, len(tokenizer))
+
+
+def decoded_groups(config: Config) -> int:
+  """Groups of the last and largest call of `decode` of an iteration."""
+  rollout = config.rollout
+  if rollout.strategy == "chain":
+    return rollout.prompts * rollout.samples
+  return rollout.prompts * math.prod(config.branches[:-1])
+
+
+def find_largest(
+  field: str,
+  measure_with: Callable[[int], Measured],
+  now: Measured,
+  value: int,
+  step: int,
+  chip_bytes: int,
+  most: int | None = None,
+) -> report.Largest:
+  """The largest value of a field that fits: a line through two sizes, verified by compiling.
+
+  Args:
+    field: its name.
+    measure_with: compiles the field's program with a value.
+    now: what came of `value`.
+    value: the field's value.
+    step: what values must be a multiple of.
+    chip_bytes: memory of a chip.
+    most: the value above which nothing changes.
+  """
+  value = min(value, most or value)
+  known = {value: now}
+  other = step if value > step else 2 * step
+  if most is None or other <= most:
+    known[other] = measure_with(other)
+  slope = (known[other].total - now.total) / (other - value) if other in known else 0.0
+  guess = value
+  if slope > 0:
+    guess += math.floor((chip_bytes - now.total) / slope / step) * step
+  if most is not None:
+    guess = min(guess, most) if slope > 0 else most
+  for _ in range(_TRIES):
+    if guess < step:
+      break
+    if guess not in known:
+      known[guess] = measure_with(guess)
+    if known[guess].compiled and known[guess].total <= chip_bytes:
+      return report.Largest(field, guess, known[guess].total, guess == most)
+    guess -= step
+  fitting = [v for v, found in known.items() if found.compiled and found.total <= chip_bytes]
+  best = max(fitting, default=0)
+  return report.Largest(field, best, known[best].total if best else 0.0, best == most)
+
+
+if __name__ == "__main__":
+  sys.exit(command_line.run_command(sys.argv, Config, plan_from_flags))

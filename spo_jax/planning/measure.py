@@ -1,0 +1,137 @@
+"""Programs compiled, and their memory per chip."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from spo_jax.infra.topology import GIB
+from spo_jax.planning.programs import Program, Setup
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+# What the compiler says of a program that its chip has no room for.
+_NEEDS = (
+  re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)"),
+  re.compile(r"Used ([\d.]+)([KMGT]) of"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Bytes per chip of a program, and the seconds that its compilation took."""
+
+  name: str
+  phase: str
+  seconds: float
+  arguments: float
+  outputs: float
+  aliased: float  # of the outputs, written where arguments lie
+  temporaries: float
+  beside: float  # what else lies on the chip meanwhile
+  compiled: bool = (
+    True  # False: the compiler refused it for its memory; temporaries are what it says
+  )
+
+  @property
+  def total(self) -> float:
+    """What the chip must hold while the program runs."""
+    held = self.arguments + self.outputs - self.aliased
+    return held + self.temporaries + self.beside
+
+
+_SIZES = ("arguments", "outputs", "aliased", "temporaries", "beside")
+
+
+def bytes_per_chip(tree) -> int:
+  """Bytes of shapes with shardings on a chip, in the layout and padding that the compiler gives."""
+  leaves = jax.tree.leaves(tree)
+  if not leaves:
+    return 0
+  program = jax.jit(lambda *arrays: (), keep_unused=True).lower(*leaves)
+  return program.compile().memory_analysis().argument_size_in_bytes
+
+
+def measure(program: Program) -> Measured:
+  """Compiles a program.
+
+  Raises:
+    JaxRuntimeError: if it cannot be compiled for another reason than memory.
+  """
+  began = time.perf_counter()
+  beside = bytes_per_chip(program.beside)
+  lowered = program.lower()
+  try:
+    sizes = lowered.compile().memory_analysis()
+  except JaxRuntimeError as error:
+    needs = _needed_bytes(str(error))
+    if needs is None:
+      raise
+    seconds = time.perf_counter() - began
+    return Measured(program.name, program.phase, seconds, 0, 0, 0, needs, beside, compiled=False)
+  return Measured(
+    program.name,
+    program.phase,
+    time.perf_counter() - began,
+    sizes.argument_size_in_bytes,
+    sizes.output_size_in_bytes,
+    sizes.alias_size_in_bytes,
+    sizes.temp_size_in_bytes,
+    beside,
+  )
+
+
+def _needed_bytes(message: str) -> float | None:
+  for pattern in _NEEDS:
+    if found := pattern.search(message):
+      return float(found[1]) * _UNITS[found[2]]
+  return None
+
+
+def measure_all(
+  setup: Setup,
+  programs: Callable[[Setup], Iterator[Program]],
+  layers: tuple[int, ...],
+  note: Callable[[str], None],
+  only: str | None = None,
+) -> list[Measured]:
+  """Compiles programs of a run.
+
+  Args:
+    setup: the run.
+    programs: one of the generators of `programs.py`.
+    layers: () compiles the model; two numbers compile it with so many layers each, and the sizes
+      are the line through the two, at the model's own number.
+    note: tells the user a line.
+    only: the name of the one program that is wanted.
+  """
+  found = []
+  for count in layers or (setup.model.layers,):
+    part = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=count))
+    found.append([])
+    for program in programs(part):
+      if only in (None, program.name):
+        result = measure(program)
+        note(f"compiled {result.phase}/{result.name}, {count} layers, {result.seconds:.0f} s")
+        found[-1].append(result)
+  if not layers:
+    return found[0]
+  return [_extend_line(*pair, layers, setup.model.layers) for pair in zip(*found, strict=True)]
+
+
+def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> Measured:
+  """Sizes at a number of layers; seconds are those that the two compilations took.
+
+  Where layers take turns with one buffer the line may fall: no size is less than was compiled.
+  """
+  share = (at - layers[0]) / (layers[1] - layers[0])
+
+  def size(name: str) -> float:
+    one, other = getattr(a, name), getattr(b, name)
+    return max(one + share * (other - one), one, other)
+
+  line = {name: size(name) for name in _SIZES}
+  compiled = a.compiled and b.compiled
+  return dataclasses.replace(a, **line, seconds=a.seconds + b.seconds, compiled=compiled)

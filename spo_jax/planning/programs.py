@@ -1,0 +1,247 @@
+"""The compiled programs of a run, lowered from shapes and shardings alone: no array is made.
+
+They are the very functions that the run jits, with the static arguments that it gives them. The
+supervised warm start and the greedy evaluation are left out: both are smaller than what is here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spo_jax.config import Config
+from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
+from spo_jax.models.decoder import DecoderConfig, init_params
+from spo_jax.run import make_sampler
+from spo_jax.sampling import verbs
+from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
+from spo_jax.train import loss_config, pack_config
+from spo_jax.training.packing import PackConfig, PackedForest
+from spo_jax.training.step import (
+  TrainState,
+  compiled_step,
+  new_state,
+  prepare,
+  state_shardings,
+  train_step,
+)
+
+STOP_IDS = (0,)  # stands for those of the tokenizer: memory does not depend on them
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What the programs are compiled for."""
+
+  config: Config
+  model: DecoderConfig
+  mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A program, and what lies on the chips beside its arguments while it runs."""
+
+  name: str
+  phase: str  # "update", "sampling" or "evaluation"
+  lower: Callable[[], jax.stages.Lowered]
+  beside: Any  # a pytree of shapes with shardings
+
+
+def abstract_params(setup: Setup):
+  """Shapes and shardings of the parameters."""
+  boxed = jax.eval_shape(lambda: init_params(setup.model, jax.random.key(0)))
+  return _placed(nn.unbox(boxed), param_shardings(setup.mesh, boxed))
+
+
+def abstract_state(setup: Setup) -> TrainState:
+  """Shapes and shardings of what the optimiser changes."""
+  params, optimizer = abstract_params(setup), setup.config.optimizer
+  shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
+  return _placed(shapes, state_shardings(params, optimizer))
+
+
+def _placed(shapes, shardings):
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, shapes, shardings)
+
+
+def _in_rows(setup: Setup, tree):
+  """Shapes that are split over their first axis."""
+  return _placed(tree, jax.tree.map(lambda _: row_sharding(setup.mesh), tree))
+
+
+def abstract_batch(cfg: PackConfig, mesh: Mesh) -> PackedForest:
+  """Shapes and shardings of `packing.pack`'s batch, as `shard_batch` places it."""
+  M, B, T = cfg.min_micro_batches, cfg.rows, cfg.row_length
+  J, N = T // cfg.key_block, T // cfg.query_block
+
+  def array(dtype, *shape):
+    spec = PartitionSpec(None, ROWS) if len(shape) > 1 else PartitionSpec()
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+  return PackedForest(
+    tokens=array(jnp.int32, M, B, T),
+    positions=array(jnp.int32, M, B, T),
+    prev=array(jnp.int32, M, B, T),
+    until=array(jnp.int32, M, B, J, cfg.key_block),
+    loss_mask=array(jnp.bool, M, B, T),
+    advantages=array(jnp.float32, M, B, T),
+    old_logprobs=array(jnp.float32, M, B, T),
+    ref_logprobs=array(jnp.float32, M, B, T),
+    key_blocks=array(jnp.int32, M, B, N, cfg.key_blocks),
+    segments=array(jnp.int32, M),
+  )
+
+
+def update_programs(setup: Setup) -> Iterator[Program]:
+  """`prepare` and `train_step`."""
+  config, loss_cfg = setup.config, loss_config(setup.config)
+  state = abstract_state(setup)
+  ref_params = state.params if config.loss.kl_coef else None
+  batch = abstract_batch(pack_config(config), setup.mesh)
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  yield Program(
+    "prepare",
+    "update",
+    lambda: prepare.lower(setup.model, loss_cfg, ref_params, batch, count),
+    beside=state,
+  )
+  step = compiled_step(train_step, state)
+  yield Program(
+    "train_step",
+    "update",
+    lambda: step.lower(setup.model, loss_cfg, config.optimizer, state, batch, count, count),
+    beside=ref_params,
+  )
+
+
+def sampling_programs(setup: Setup) -> Iterator[Program]:
+  """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
+  config = setup.config
+  rollout = config.rollout
+  sampler = _sampler(setup, truncate=True)
+  prompt = rollout.max_prompt_tokens
+  yield _prefill(setup, "sampling", rollout.prompts, prompt)
+  if rollout.strategy == "chain":
+    n, longest = rollout.samples, rollout.max_response_tokens
+    chain = _Level(rollout.prompts, n, prompt, longest, keep_cache=True)
+    yield _decode(setup, sampler, "sampling", "decode", chain)
+    yield _extend(setup, sampler, chain)
+    trajectories, probes = rollout.prompts * n, rollout.cuts_per_group * rollout.probes
+    probing = _Level(trajectories, probes, prompt + longest, longest, keep_cache=False)
+    yield _decode(setup, sampler, "sampling", "decode probes", probing)
+    return
+  depth = len(config.branches)
+  for i, (n, budget) in enumerate(zip(config.branches, config.budgets, strict=True)):
+    rows = rollout.prompts * math.prod(config.branches[:i])
+    level = _Level(rows, n, prompt + sum(config.budgets[:i]), budget, keep_cache=i < depth - 1)
+    label = f" level {i + 1}" if depth > 1 else ""
+    yield _decode(setup, sampler, "sampling", "decode" + label, level)
+    if level.keep_cache:
+      yield _extend(setup, sampler, level, label)
+
+
+def evaluation_programs(setup: Setup) -> Iterator[Program]:
+  """The verbs of `evaluation.respond`."""
+  config, shards = setup.config, row_shards(setup.mesh)
+  batch = min(config.eval.batch, -(-config.eval.prompts // shards) * shards)
+  sampler = _sampler(setup, truncate=False)
+  prompt = config.rollout.max_prompt_tokens
+  yield _prefill(setup, "evaluation", batch, prompt)
+  level = _Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
+  yield _decode(setup, sampler, "evaluation", "decode", level)
+
+
+def _sampler(setup: Setup, truncate: bool) -> Sampler:
+  rollout = setup.config.rollout
+  return make_sampler(
+    rollout, setup.model, setup.mesh, STOP_IDS, temperature=rollout.temperature, truncate=truncate
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+  """A call of `decode`: n continuations of each of R prefixes of P tokens."""
+
+  rows: int
+  n: int
+  prefix: int
+  budget: int
+  keep_cache: bool
+
+
+def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
+  state = abstract_state(setup)
+  tokens = _prefix(setup, rows, prompt)
+  return Program(
+    "prefill",
+    phase,
+    lambda: jit_prefill.lower(
+      setup.model, row_sharding(setup.mesh), state.params, tokens.tokens, tokens.lengths
+    ),
+    beside=(state.opt_state, _reference(setup)),
+  )
+
+
+def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: _Level) -> Program:
+  state = abstract_state(setup)
+  decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
+  prefix = _prefix(setup, level.rows, level.prefix)
+  return Program(
+    name,
+    phase,
+    lambda: jit_decode.lower(
+      setup.model, decode_cfg, state.params, prefix, _groups(setup, level.rows, level.n)
+    ),
+    beside=(state.opt_state, _reference(setup)),
+  )
+
+
+def _extend(setup: Setup, sampler: Sampler, level: _Level, label: str = "") -> Program:
+  decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
+  empty = lambda: verbs.empty_segments(setup.model, decode_cfg, level.rows, level.n)
+  index = jax.ShapeDtypeStruct((level.rows * level.n,), jnp.int32)
+  return Program(
+    "extend" + label,
+    "sampling",
+    lambda: jit_extend.lower(
+      row_sharding(setup.mesh),
+      _prefix(setup, level.rows, level.prefix),
+      _groups(setup, level.rows, level.n),
+      *_in_rows(setup, (jax.eval_shape(empty), index)),
+    ),
+    beside=(abstract_state(setup), _reference(setup)),
+  )
+
+
+def _reference(setup: Setup):
+  return abstract_params(setup) if setup.config.loss.kl_coef else None
+
+
+def _prefix(setup: Setup, rows: int, tokens: int) -> verbs.Prefix:
+  """Prefixes with their caches, split by rows alone."""
+  model = setup.model
+  cache = jax.ShapeDtypeStruct((rows, model.kv_heads, tokens, model.head_dim), model.dtype)
+  prefix = verbs.Prefix(
+    tokens=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+    lengths=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    cache=((cache, cache),) * model.layers,
+  )
+  return _in_rows(setup, prefix)
+
+
+def _groups(setup: Setup, rows: int, n: int) -> verbs.Groups:
+  key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+  groups = verbs.Groups(
+    row=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    starts=jax.ShapeDtypeStruct((rows, n), jnp.int32),
+    limits=jax.ShapeDtypeStruct((rows, n), jnp.int32),
+    keys=jax.ShapeDtypeStruct((rows, n), key),
+  )
+  return _in_rows(setup, groups)
