@@ -30,177 +30,112 @@ class Experiment:
   topology: str = "v5e:4x4"  # TPUs, as spo_jax.plan takes them
 
 
+_change = dataclasses.replace
+
+# Paper, short chains of thought: SPO-chain with interval 5 ends 6 to 12 points of GSM8K test
+# accuracy above PPO and GRPO.
+RHO_GSM8K = Experiment(
+  model="realtreetune/rho-1b-sft-GSM8K",
+  data="gsm8k",
+  template="math_task",
+  grader="gsm8k",
+  max_prompt_tokens=384,  # 1512 there; no question of GSM8K is so long
+  max_response_tokens=1024,
+  top_p=0.9,
+  tree_segment=30,
+  tree_prompts=16,
+  tree_updates=8,
+  probes=9,
+  chain_updates=8,
+  chain_epochs=2,
+  chain_interval=5,
+)
+RHO_MATH = _change(
+  RHO_GSM8K,
+  model="realtreetune/rho-1b-sft-MATH",
+  data="math",
+  grader="math",
+  max_prompt_tokens=512,  # 1512 there, with 2047 tokens for prompt and response
+  tree_segment=100,
+)
+# Paper, long chains of thought, MATH500 at 2K: 0.566 before, GRPO 0.62, SPO-tree 0.736; at 4K
+# 0.740, 0.752, 0.828.
+R1_MATH = Experiment(
+  model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+  data="math",
+  template="r1_math",
+  grader="math",
+  max_prompt_tokens=200,
+  max_response_tokens=1848,  # 2048 with the prompt
+  top_p=1.0,
+  tree_segment=600,
+  tree_prompts=32,
+  tree_updates=4,
+  probes=4,
+  chain_updates=4,
+  chain_epochs=1,
+  chain_interval=40,
+)
+# Parameters, moments and the reference policy of 7 billion parameters take 110 GB, the caches of
+# SPO-chain's 512 trajectories of 1536 tokens 390 GB, and while they are made 260 GB more.
+DEEPSEEK_GSM8K = _change(
+  RHO_GSM8K,
+  model="realtreetune/deepseekmath-7b-sft-GSM8K",
+  chain_updates=4,
+  topology="v5p:2x2x4",
+)
 EXPERIMENTS = {
-  # Paper, short chains of thought: SPO-chain with interval 5 ends 6 to 12 points of GSM8K test
-  # accuracy above PPO and GRPO.
-  "rho1b_gsm8k": Experiment(
-    model="realtreetune/rho-1b-sft-GSM8K",
-    data="gsm8k",
-    template="math_task",
-    grader="gsm8k",
-    max_prompt_tokens=384,  # 1512 there; no question of GSM8K is so long
-    max_response_tokens=1024,
-    top_p=0.9,
-    tree_segment=30,
-    tree_prompts=16,
-    tree_updates=8,
-    probes=9,
-    chain_updates=8,
-    chain_epochs=2,
-    chain_interval=5,
-  ),
-  "rho1b_math": Experiment(
-    model="realtreetune/rho-1b-sft-MATH",
-    data="math",
-    template="math_task",
-    grader="math",
-    max_prompt_tokens=512,  # 1512 there, with 2047 tokens for prompt and response
-    max_response_tokens=1024,
-    top_p=0.9,
-    tree_segment=100,
-    tree_prompts=16,
-    tree_updates=8,
-    probes=9,
-    chain_updates=8,
-    chain_epochs=2,
-    chain_interval=5,
-  ),
-  # Paper, long chains of thought, MATH500 at 2K: 0.566 before, GRPO 0.62, SPO-tree 0.736; at 4K
-  # 0.740, 0.752, 0.828.
-  "qwen1.5b_math": Experiment(
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-    data="math",
-    template="r1_math",
-    grader="math",
-    max_prompt_tokens=200,
-    max_response_tokens=1848,  # 2048 with the prompt
-    top_p=1.0,
-    tree_segment=600,
-    tree_prompts=32,
-    tree_updates=4,
-    probes=4,
-    chain_updates=4,
-    chain_epochs=1,
-    chain_interval=40,
-  ),
+  "rho1b_gsm8k": RHO_GSM8K,
+  "rho1b_math": RHO_MATH,
+  "qwen1.5b_math": R1_MATH,
   # Goes on from qwen1.5b_math: give its --export as --config.model.
-  "qwen1.5b_math_4k": Experiment(
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-    data="math",
-    template="r1_math",
-    grader="math",
-    max_prompt_tokens=200,
+  "qwen1.5b_math_4k": _change(
+    R1_MATH,
     max_response_tokens=3896,  # 4096 with the prompt
-    top_p=1.0,
     tree_segment=1111,
-    tree_prompts=32,
-    tree_updates=4,
-    probes=4,
-    chain_updates=4,
-    chain_epochs=1,
-    chain_interval=40,
   ),
-  "qwen2.5_1.5b_math": Experiment(
+  "qwen1.5b_game24": _change(R1_MATH, data="game24", template="r1_game24", grader="game24"),
+  "qwen2.5_1.5b_math": _change(
+    R1_MATH,
     model="Qwen/Qwen2.5-1.5B",
-    data="math",
     template="math_task",
-    grader="math",
     max_prompt_tokens=512,
     max_response_tokens=512,  # 1024 with the prompt
-    top_p=1.0,
     tree_segment=100,
     tree_prompts=16,
-    tree_updates=4,
     probes=9,
-    chain_updates=4,
-    chain_epochs=1,
     chain_interval=5,
   ),
-  "qwen2.5_0.5b_gsm8k": Experiment(
+  "qwen2.5_0.5b_gsm8k": _change(
+    R1_MATH,
     model="Qwen/Qwen2.5-0.5B-Instruct",
     data="gsm8k",
     template="r1_gsm8k",
     grader="gsm8k",
     max_prompt_tokens=320,  # 200 there, of the question alone
     max_response_tokens=704,  # 1024 with the prompt
-    top_p=1.0,
     tree_segment=100,
-    tree_prompts=32,
-    tree_updates=4,
-    probes=4,
-    chain_updates=4,
-    chain_epochs=1,
     chain_interval=5,
   ),
-  "qwen1.5b_game24": Experiment(
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-    data="game24",
-    template="r1_game24",
-    grader="game24",
-    max_prompt_tokens=200,
-    max_response_tokens=1848,
-    top_p=1.0,
-    tree_segment=600,
-    tree_prompts=32,
-    tree_updates=4,
-    probes=4,
-    chain_updates=4,
-    chain_epochs=1,
-    chain_interval=40,
-  ),
-  # Parameters, moments and the reference policy of 7 billion parameters take 110 GB, the caches of
-  # SPO-chain's 512 trajectories of 1536 tokens 390 GB, and while they are made 260 GB more.
-  "deepseekmath7b_gsm8k": Experiment(
-    model="realtreetune/deepseekmath-7b-sft-GSM8K",
-    data="gsm8k",
-    template="math_task",
-    grader="gsm8k",
-    max_prompt_tokens=384,
-    max_response_tokens=1024,
-    top_p=0.9,
-    tree_segment=30,
-    tree_prompts=16,
-    tree_updates=8,
-    probes=9,
-    chain_updates=4,
-    chain_epochs=2,
-    chain_interval=5,
-    topology="v5p:2x2x4",
-  ),
-  "deepseekmath7b_math": Experiment(
+  "deepseekmath7b_gsm8k": DEEPSEEK_GSM8K,
+  "deepseekmath7b_math": _change(
+    DEEPSEEK_GSM8K,
     model="realtreetune/deepseekmath-7b-sft-MATH-v2",
     data="math",
-    template="math_task",
     grader="math",
     max_prompt_tokens=512,
-    max_response_tokens=1024,
-    top_p=0.9,
     tree_segment=66,
-    tree_prompts=16,
-    tree_updates=8,
-    probes=9,
-    chain_updates=4,
-    chain_epochs=2,
-    chain_interval=5,
-    topology="v5p:2x2x4",
   ),
 }
-
 # A model and JSON lines of your own: --config.model=DIR --config.data.manual_dir=DIR.
-OWN = Experiment(
+OWN = _change(
+  R1_MATH,
   model="",
   data="json",
   template="plain",
-  grader="math",
   max_prompt_tokens=512,
   max_response_tokens=1024,
-  top_p=1.0,
   tree_segment=100,
-  tree_prompts=32,
-  tree_updates=4,
-  probes=4,
-  chain_updates=4,
-  chain_epochs=1,
   chain_interval=5,
 )
 
