@@ -183,6 +183,24 @@ EXPERIMENTS = {
   ),
 }
 
+# A model and JSON lines of your own: --config.model=DIR --config.data.manual_dir=DIR.
+OWN = Experiment(
+  model="",
+  data="json",
+  template="plain",
+  grader="math",
+  max_prompt_tokens=512,
+  max_response_tokens=1024,
+  top_p=1.0,
+  tree_segment=100,
+  tree_prompts=32,
+  tree_updates=4,
+  probes=4,
+  chain_updates=4,
+  chain_epochs=1,
+  chain_interval=5,
+)
+
 SAMPLES = 8  # trajectories a prompt, of SPO-chain and GRPO
 PROMPTS = 64  # an iteration, of SPO-chain and GRPO
 WARMUP_SHARE = 0.03  # of all updates

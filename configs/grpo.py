@@ -10,16 +10,16 @@ embedded task; the paper's experiments are in `experiments.py`.
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
-from configs.experiments import EXPERIMENTS, PROMPTS, SAMPLES, Experiment, apply, set_schedule
+from configs.experiments import EXPERIMENTS, OWN, PROMPTS, SAMPLES, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
 # Variant of the data, and the longest response.
 EMBEDDED = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
-VARIANTS = {**EMBEDDED, **EXPERIMENTS}
+VARIANTS = {**EMBEDDED, **EXPERIMENTS, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, or one of the paper's."""
+  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0
@@ -29,7 +29,7 @@ def get_config(variant: str | None = None):
   if name in EMBEDDED:
     embedded(config, *EMBEDDED[name])
   else:
-    paper(config, EXPERIMENTS[name])
+    paper(config, VARIANTS[name])
   return config
 
 

@@ -12,18 +12,19 @@ need, are in `experiments.py`.
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
-from configs.experiments import EXPERIMENTS, PROMPTS, SAMPLES, Experiment, apply, set_schedule
+from configs.experiments import EXPERIMENTS, OWN, PROMPTS, SAMPLES, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
 # Variant of the data, and the longest response.
 EMBEDDED = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
 # The paper's other intervals: cutpoints a segment.
 INTERVALS = {f"rho1b_gsm8k_int{k}": k for k in (2, 10, 100)}
-VARIANTS = {**EMBEDDED, **EXPERIMENTS, **{name: EXPERIMENTS["rho1b_gsm8k"] for name in INTERVALS}}
+OTHER_INTERVALS = {name: EXPERIMENTS["rho1b_gsm8k"] for name in INTERVALS}
+VARIANTS = {**EMBEDDED, **EXPERIMENTS, **OTHER_INTERVALS, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, or one of the paper's."""
+  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0

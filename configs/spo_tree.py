@@ -13,7 +13,7 @@ a CPU: four to five minutes on two cores, warm start included, for a sampled tes
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
-from configs.experiments import EXPERIMENTS, Experiment, apply, set_schedule
+from configs.experiments import EXPERIMENTS, OWN, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
 # Data, segment lengths M of the levels but the last, and the longest response.
@@ -24,11 +24,12 @@ EMBEDDED = {
 USUAL_BRANCHES = (6, 6, 6)
 # The paper's other trees.
 BRANCHES = {"rho1b_gsm8k_456": (4, 5, 6), "rho1b_gsm8k_888": (8, 8, 8)}
-VARIANTS = {**EMBEDDED, **EXPERIMENTS, **{name: EXPERIMENTS["rho1b_gsm8k"] for name in BRANCHES}}
+OTHER_TREES = {name: EXPERIMENTS["rho1b_gsm8k"] for name in BRANCHES}
+VARIANTS = {**EMBEDDED, **EXPERIMENTS, **OTHER_TREES, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, or one of the paper's."""
+  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0

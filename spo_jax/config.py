@@ -11,12 +11,14 @@ import ml_collections
 
 from spo_jax.errors import UserError
 
+EMBEDDED = "arithmetic"  # the data set that is generated, and has a tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where prompts and answers come from."""
 
-  name: str = "arithmetic"  # or "gsm8k", "math", "math500", "aime24", "game24", "json"
+  name: str = EMBEDDED  # or "gsm8k", "math", "math500", "aime24", "game24", "json"
   variant: str = "plain"
   data_dir: str = ""  # folder that data sets are built in; "" is the workdir's own
   manual_dir: str = ""  # folder of JSON lines that a set is built from; see data/sets.py

@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from spo_jax.config import (
+  EMBEDDED,
   Config,
   DataConfig,
   EvaluationConfig,
@@ -141,6 +142,11 @@ def _convert(kind, value, where: str):
 def _check_training(config: Config) -> None:
   _check_positive(config, _POSITIVE)
   _check_choices(config, _CHOICES)
+  _need(
+    config.data.name == EMBEDDED or config.model != "" or config.data.tokenizer != "",
+    f"data set '{config.data.name}' needs config.model, a folder or hub id of a Hugging Face "
+    "model, or config.data.tokenizer",
+  )
   _check_data(config.data)
   _check_new_model(config)
   _check_optimizers(config)

@@ -75,7 +75,7 @@ def evaluate_model(
   with contextlib.closing(task):
     records = task.held_out(config.split, config.problems)
     path = workdir / RESPONSES_FILE
-    done = _read_whole_batches(path, config.batch, len(records))
+    done = read_whole_batches(path, config.batch, len(records))
     if done < len(records):
       if done:
         progress.note(f"resumed after {done} of {len(records)} problems")
@@ -102,7 +102,7 @@ def evaluate_model(
   return summary
 
 
-def _read_whole_batches(path: pathlib.Path, batch: int, problems: int) -> int:
+def read_whole_batches(path: pathlib.Path, batch: int, problems: int) -> int:
   """How many problems a file of responses holds; it is cut behind its last whole batch.
 
   Batches are repeated whole, so that a resumed evaluation computes in the shapes, and so to the

@@ -76,7 +76,8 @@ class Run:
     if self.pretrained is not None:
       hf = self.pretrained.hf
     else:
-      hf = llama_config(self.model, sum(self.config.longest_segments))
+      context = sum(self.config.longest_segments)
+      hf = llama_config(self.model, context, self.task.tokenizer)
     export_model(params, self.model, hf, self.task.tokenizer, folder, source=self.pretrained)
     self.progress.note(f"exported: {folder}")
 

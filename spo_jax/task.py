@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from spo_jax import rewards
-from spo_jax.config import DataConfig
+from spo_jax.config import EMBEDDED, DataConfig
 from spo_jax.data import prompts as prompting
 from spo_jax.data import source
 from spo_jax.data.sets import Fields
@@ -53,7 +53,7 @@ class Task:
       manual_dir=data.manual_dir,
       fields=Fields(data.question_field, data.answer_field),
     )
-    if data.name == source.EMBEDDED:
+    if data.name == EMBEDDED:
       return records
     limit = self.max_prompt_tokens
     kept = source.keep_short_prompts(records, self.tokenizer, self.template, limit)

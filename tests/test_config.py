@@ -30,9 +30,16 @@ def test_defaults_round_trip():
 @pytest.mark.parametrize("module", [spo_tree, spo_chain, grpo])
 def test_every_variant_of_every_config_is_valid(module):
   for variant in ["", *module.VARIANTS]:
-    config = from_config_dict(module.get_config(variant), Config)
+    config = module.get_config(variant)
+    if variant == "own":
+      with pytest.raises(UserError, match="data set 'json' needs config.model"):
+        from_config_dict(config, Config)
+      config.model = "somewhere"
+    config = from_config_dict(config, Config)
     if variant in EXPERIMENTS:
       assert config.model == EXPERIMENTS[variant].model and config.data.name != "arithmetic"
+    elif variant == "own":
+      assert config.data.name == "json"
     elif variant in module.EMBEDDED:
       assert config.data.variant == variant.replace("arithmetic", "plain")
   with pytest.raises(UserError, match="unknown variant 'nope'.*arithmetic"):

@@ -12,7 +12,7 @@ from configs import eval as eval_config
 from spo_jax.config import Config, EvaluationConfig, default_config
 from spo_jax.config_check import from_config_dict
 from spo_jax.errors import UserError
-from spo_jax.evaluate import RESPONSES_FILE, SUMMARY_FILE, evaluate_model
+from spo_jax.evaluate import RESPONSES_FILE, SUMMARY_FILE, evaluate_model, read_whole_batches
 from spo_jax.evaluation import accuracy
 from spo_jax.infra.progress import Progress
 from spo_jax.run import make_run
@@ -115,6 +115,15 @@ def test_what_was_interrupted_ends_as_what_was_not(evaluated, exported, tmp_path
   (tmp_path / RESPONSES_FILE).write_bytes(b"".join(lines[:whole]) + torso)
   assert run_evaluation(evaluation(exported), tmp_path) == evaluated[1]
   assert (tmp_path / RESPONSES_FILE).read_bytes() == b"".join(lines)
+
+
+def test_a_batch_that_was_not_finished_is_done_again_whole(tmp_path):
+  path = tmp_path / RESPONSES_FILE
+  assert read_whole_batches(path, 4, 10) == 0
+  for lines, kept in ((3, 0), (4, 4), (7, 4), (9, 8), (10, 10)):
+    path.write_text("{}\n" * lines + "{")
+    assert read_whole_batches(path, 4, 10) == kept
+    assert path.read_text() == "{}\n" * kept
 
 
 def test_accuracy_in_training_does_not_depend_on_batches(exported, tmp_path):

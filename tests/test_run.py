@@ -7,8 +7,10 @@ import pytest
 
 from spo_jax.config import Config, DataConfig
 from spo_jax.errors import UserError
+from spo_jax.models.pretrained import export_model, llama_config
 from spo_jax.run import make_run
 from tests.byte_tokenizer import BOS, END_TURN, EOS, make_tokenizer
+from tests.tiny import VOCAB, tiny_config, tiny_params
 
 
 class Notes:
@@ -59,3 +61,18 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_once(folder, tmp_pat
 def test_a_chat_needs_a_chat_template(folder, tmp_path):
   with pytest.raises(UserError, match="the tokenizer has no chat template"):
     make_run(config(40, tokenizer=folder, template="chat"), tmp_path, Notes())
+
+
+def test_a_model_smaller_than_its_tokenizer_is_refused(tmp_path):
+  tokenizer = make_tokenizer()
+  hf = llama_config(tiny_config(), 64, tokenizer)
+  export_model(tiny_params(tiny_config()), tiny_config(), hf, tokenizer, tmp_path / "model")
+  settings = dataclasses.replace(config(40, name="game24"), model=str(tmp_path / "model"))
+  with pytest.raises(
+    UserError, match=f"ids up to {len(tokenizer) - 1}, the model only {VOCAB} rows"
+  ):
+    make_run(settings, tmp_path, Notes())
+  hf = {**hf, "num_attention_heads": 3}
+  (tmp_path / "model" / "config.json").write_text(json.dumps(hf))
+  with pytest.raises(UserError, match="num_attention_heads 3 must be a multiple"):
+    make_run(settings, tmp_path, Notes())

@@ -10,11 +10,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from spo_jax.config import EMBEDDED
 from spo_jax.data import prompts, sets
 from spo_jax.data.arithmetic import Arithmetic
 from spo_jax.errors import UserError
 
-EMBEDDED = "arithmetic"
 DATASETS = (EMBEDDED, *sets.NAMES)
 
 

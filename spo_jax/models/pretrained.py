@@ -6,6 +6,7 @@ index. Names, shapes and dtypes are checked from the files' headers, before a te
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -18,12 +19,13 @@ import jax
 import numpy as np
 import safetensors
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import param_shardings
 from spo_jax.models.decoder import DecoderConfig, init_params
-from spo_jax.models.families import from_hf, hf_shape, parameter_table, to_hf
+from spo_jax.models.families import Transform, from_hf, hf_shape, parameter_table, to_hf
 
 SHARD_BYTES = 4 * 1024**3  # largest file of an exported checkpoint, unless one tensor is larger
 
@@ -202,11 +204,13 @@ def load_params(pretrained: Pretrained, cfg: DecoderConfig, mesh: jax.sharding.M
     # Opened anew for each tensor: a file that stays open keeps what was read in memory.
     with _open(tensors[name].file) as opened:
       tensor = opened.get_tensor(name)
-    shape = _at(shapes, path).shape
-    view = from_hf(kind, tensor, shape)
-    array = jax.make_array_from_callback(
-      shape, _at(shardings, path), lambda index, view=view: view[index].astype(np.float32)
+    sharding = _at(shardings, path)
+    raw = jax.make_array_from_callback(
+      tensor.shape, hf_sharding(kind, sharding), lambda index, tensor=tensor: tensor[index]
     )
+    array = raw  # what is stored as it is kept, such as a large embedding, is not copied again
+    if kind is not Transform.SAME or raw.dtype != np.float32:
+      array = _to_param(kind, _at(shapes, path).shape, sharding)(raw)
     node = params
     for step in path[:-1]:
       node = node.setdefault(step, {})
@@ -214,12 +218,34 @@ def load_params(pretrained: Pretrained, cfg: DecoderConfig, mesh: jax.sharding.M
   return params
 
 
-def llama_config(cfg: DecoderConfig, context: int) -> dict[str, Any]:
+@functools.cache
+def _to_param(kind: Transform, shape: tuple[int, ...], sharding: NamedSharding):
+  """Compiled: a tensor on the devices to its parameter. Transposing is slow on a host."""
+  return jax.jit(
+    lambda tensor: from_hf(kind, tensor, shape).astype("float32"), out_shardings=sharding
+  )
+
+
+def hf_sharding(kind: Transform, sharding: NamedSharding) -> NamedSharding:
+  """Where the parts of a tensor go whose parameter is split as given; heads are split, not Dh."""
+  spec = (*sharding.spec, *[None] * 3)
+  axes = {
+    Transform.SAME: range(len(sharding.spec)),
+    Transform.TRANSPOSED: (1, 0),
+    Transform.TO_HEADS: (1, 0),
+    Transform.FROM_HEADS: (2, 0),
+    Transform.BIAS: (0,),
+  }[kind]
+  return NamedSharding(sharding.mesh, PartitionSpec(*[spec[axis] for axis in axes]))
+
+
+def llama_config(cfg: DecoderConfig, context: int, tokenizer: Any) -> dict[str, Any]:
   """The config.json of a decoder that was not read from one: our own geometry is Llama's.
 
   Args:
     cfg: a decoder of the plain kind that `run.new_decoder` makes.
     context: most positions that it was trained at.
+    tokenizer: whose special tokens `transformers` reads here when it generates.
   """
   (kind,) = cfg.layer_kinds
   return {
@@ -238,6 +264,7 @@ def llama_config(cfg: DecoderConfig, context: int) -> dict[str, Any]:
     "max_position_embeddings": context,
     "tie_word_embeddings": cfg.tie_embeddings,
     "dtype": "float32",
+    **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
   }
 
 
@@ -307,7 +334,10 @@ def export_model(
     tokenizer.save_pretrained(unfinished)
     if source is not None and (kept := source.folder / "generation_config.json").is_file():
       shutil.copy(kept, unfinished)
-    unfinished.chmod(0o755)  # a temporary folder is its owner's alone
+    # Temporary folders, and what safetensors writes, are their owner's alone.
+    unfinished.chmod(0o755)
+    for file in unfinished.iterdir():
+      file.chmod(0o644)
     unfinished.rename(folder)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)

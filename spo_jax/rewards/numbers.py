@@ -95,8 +95,8 @@ def vote_last_number(response: str) -> str | None:
 def _normal_form(answer: str | None) -> str | None:
   number = None if answer is None else _parse(answer)
   if number is None:
-    return None if answer is None else answer[:MAX_ANSWER_LENGTH]
-  return f"{number.numerator:x}/{number.denominator:x}"
+    return answer and answer[:MAX_ANSWER_LENGTH]
+  return str(number)
 
 
 def _parse(text: str) -> fractions.Fraction | None:

@@ -14,11 +14,12 @@ from spo_jax.config import Config
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models import pretrained
-from spo_jax.models.families import config_from_hf, parameter_table
+from spo_jax.models.families import Transform, config_from_hf, from_hf, parameter_table, to_hf
 from spo_jax.models.pretrained import (
   check_tensors,
   export_model,
   find_pretrained,
+  hf_sharding,
   llama_config,
   load_params,
 )
@@ -27,7 +28,7 @@ from tests.byte_tokenizer import make_tokenizer
 from tests.tiny import shard_params, tiny_config, tiny_params
 
 CFG = tiny_config()
-HF = llama_config(CFG, context=64)
+HF = llama_config(CFG, 64, make_tokenizer())
 READ_CFG = config_from_hf(HF)
 
 
@@ -65,6 +66,7 @@ def test_what_is_written_in_several_files_is_read_back(folder):
   jax.tree.map(np.testing.assert_array_equal, load(folder), tiny_params(CFG))
   assert READ_CFG.layers == CFG.layers and READ_CFG.layer_kinds[0].rope.theta == 1e4
   assert folder.stat().st_mode & 0o777 == 0o755
+  assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
 def test_parameters_lie_where_the_mesh_wants_them(folder):
@@ -80,6 +82,26 @@ def test_parameters_lie_where_the_mesh_wants_them(folder):
 
   jax.tree.map(same, params, want)
   assert not params["block_0"]["up"].sharding.is_fully_replicated
+
+
+def test_a_device_reads_no_more_than_its_part():
+  """What a device holds of a tensor is, transposed, what it holds of the parameter."""
+  mesh = make_mesh(2, 2, 2)
+  cfg = tiny_config(qkv_bias=True)
+  params = shard_params(cfg, mesh, tiny_params(cfg))
+  split = set()
+  for path, (_, kind) in parameter_table(cfg).items():
+    param = params
+    for step in path:
+      param = param[step]
+    tensor = to_hf(kind, np.asarray(param))
+    sharding = hf_sharding(kind, param.sharding)
+    for shard in param.addressable_shards:
+      part = tensor[sharding.devices_indices_map(tensor.shape)[shard.device]]
+      np.testing.assert_array_equal(from_hf(kind, part, shard.data.shape), shard.data)
+      if part.size < tensor.size:
+        split.add(kind)
+  assert split == set(Transform)
 
 
 def test_dtypes_of_the_source_are_kept(folder, tmp_path, tokenizer):
@@ -201,7 +223,7 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_done(folder, tmp_path
 def test_a_new_decoder_is_read_back_with_its_geometry():
   config = Config()
   new = new_decoder(config.new_model, config.compute, vocab_size=60)
-  again = config_from_hf(llama_config(new, context=86))
+  again = config_from_hf(llama_config(new, 86, make_tokenizer()))
   for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
     assert getattr(again, name) == getattr(new, name)
   assert again.norm_eps == new.norm_eps and again.tie_embeddings == new.tie_embeddings

@@ -188,3 +188,9 @@ def test_reference_answers_of_math_equal_themselves(maths_pool):
   responses = [rf"So it is $\boxed{{{a} \;}}$." for a in answers]
   graded, failed = rewards.grade_all(responses, answers, maths_pool)
   assert graded.tolist() == [1.0] * len(answers) and not failed.any()
+
+
+def test_votes_leave_out_what_is_there_for_looks():
+  assert maths.vote(r"so \boxed{\dfrac{1}{2}}") == maths.vote(r"thus $\boxed{ \frac{1}{2} }$.")
+  assert maths.vote("nothing") is None
+  assert len(maths.vote("The answer is " + "x" * 5000)) <= 1000

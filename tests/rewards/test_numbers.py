@@ -230,3 +230,10 @@ def test_grade_all_arguments():
     rewards.grade_all([], [], "maths")
   empty, failed = rewards.grade_all([], [], "numbers")
   assert empty.shape == (0,) and not failed.any()
+
+
+def test_equal_answers_are_equal_votes():
+  assert numbers.vote("#### 1,000.50") == numbers.vote("#### $2001/2") == "2001/2"
+  assert numbers.vote("#### ten") == "ten" and numbers.vote("no marker") is None
+  assert numbers.vote_last_number("it is 3.0 or so") == "3" and numbers.vote_last_number("") is None
+  assert numbers.vote("#### 1e999") != numbers.vote("#### 1e998")
