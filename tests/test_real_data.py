@@ -215,7 +215,7 @@ def test_failures_of_the_grader_are_counted_and_the_run_goes_on(model, data_dir,
     model,
     data_dir,
     data__grader="tests.rewards.hostile:by_length",
-    data__grader_timeout_s=0.2,
+    data__grader_timeout_s=0.5,
     advantage__grade_unfinished=True,
   )
   trained = run_once(config, tmp_path)
