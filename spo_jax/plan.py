@@ -70,7 +70,7 @@ def make_plan(
   look_for_largest: bool,
   note: Callable[[str], None],
 ) -> report.Plan:
-  """Compiles the programs of a run for a topology.
+  """Compiles the programs of a run for a topology; none, if the state alone does not fit.
 
   Args:
     config: the run.
@@ -86,6 +86,9 @@ def make_plan(
   shards = row_shards(mesh)
   check_mesh(config, shards)
   setup = programs.Setup(config, planned_decoder(config).on(mesh), mesh)
+  nothing = report.Plan(setup, topology, layers, [], [])
+  if not nothing.state_fits:
+    return nothing
   compile_ = lambda setup, kind, only=None: measure_all(setup, kind, layers, note, only)
   update = compile_(setup, programs.update_programs)
   sampling = compile_(setup, programs.sampling_programs)

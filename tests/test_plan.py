@@ -182,6 +182,13 @@ def test_what_does_not_fit_is_told_with_what_to_change(planned):
   assert "sampling: fewer config.rollout.slots" in text and "the state alone takes" in text
 
 
+def test_nothing_is_compiled_where_the_state_does_not_fit(monkeypatch):
+  monkeypatch.setattr(plan, "planned_decoder", lambda config: MODEL)
+  found = plan.make_plan(CONFIG, open_topology("cpu:8", 1e-6), (), True, pytest.fail)
+  assert not found.programs and not found.all_fit
+  assert "the state alone takes" in "\n".join(report.lines(found))
+
+
 def test_parameters_are_grouped_over_layers():
   setup = setup_of()
   setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=3))

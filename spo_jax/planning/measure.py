@@ -114,7 +114,10 @@ def measure_all(
     for program in programs(part):
       if only in (None, program.name):
         result = measure(program)
-        note(f"compiled {result.phase}/{result.name}, {count} layers, {result.seconds:.0f} s")
+        note(
+          f"compiled {result.phase}/{result.name}, {count} layers: {result.seconds:.0f} s, "
+          f"{result.total / GIB:.2f} GiB at once"
+        )
         found[-1].append(result)
   if not layers:
     return found[0]

@@ -47,7 +47,12 @@ class Plan:
   @property
   def all_fit(self) -> bool:
     """Whether the run fits."""
-    return all(self.fits(program) for program in self.programs)
+    return self.state_fits and all(self.fits(program) for program in self.programs)
+
+  @property
+  def state_fits(self) -> bool:
+    """Whether a chip has room for what lies there during the whole run."""
+    return sum(self.state().values()) <= self.topology.chip_bytes
 
   def state(self) -> dict[str, int]:
     """Bytes per chip of what lies there during the whole run."""
@@ -123,8 +128,9 @@ def lines(plan: Plan) -> list[str]:
       (f"{p.phase}: {p.name}", f"{p.seconds:.0f}", *known, size(p.temporaries), size(p.beside))
       + (size(p.total), f"{p.total / chip:.0%}", "" if plan.fits(p) else "does not fit")
     )
-  out += _aligned(rows)
-  out += ["", "beside: what lies on the chip meanwhile and is no argument of the program", ""]
+  if plan.programs:
+    out += _aligned(rows)
+    out += ["", "beside: what lies on the chip meanwhile and is no argument of the program", ""]
   out += [_largest_line(entry, size, name) for entry in plan.largest]
   out += [""] if plan.largest else []
   rows = [("parameter", "count", "shape", "split over", "on a chip")]
@@ -157,9 +163,8 @@ def _verdict(plan: Plan, size, name: str) -> list[str]:
     return [f"It fits: {free} {name} a chip are free during {worst.phase}: {worst.name}."]
   shards = plan.setup.mesh.shape["data"] * plan.setup.mesh.shape["fsdp"]
   out = ["It does not fit. What would help:"]
-  state = sum(plan.state().values())
-  if state > plan.topology.chip_bytes:
-    out.append(f"  the state alone takes {size(state)} {name} a chip")
+  if not plan.state_fits:
+    out.append(f"  the state alone takes {size(sum(plan.state().values()))} {name} a chip")
   for phase, advice in _ADVICE.items():
     if any(p.phase == phase and not plan.fits(p) for p in plan.programs):
       out.append(f"  {phase}: {advice.format(shards=shards)}")
