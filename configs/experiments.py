@@ -147,6 +147,7 @@ WARMUP_SHARE = 0.03  # of all updates
 def apply(config, experiment: Experiment) -> None:
   """Sets what an experiment fixes for every method."""
   config.iterations = 1000
+  config.topology = experiment.topology
   config.model = experiment.model
   config.warm_start.max_steps = 0  # the models have been taught already
   config.data.name = experiment.data

@@ -192,6 +192,7 @@ class Config:
   minibatches: int = 1  # updates an epoch, each on its share of the packed rows
   epochs: int = 1  # times that an iteration's batch is trained on
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
+  topology: str = ""  # TPUs that `spo_jax.plan` compiles for, unless told otherwise
   model: str = ""  # folder or hub id of a Hugging Face model; "" is a new one, of `new_model`
   data: DataConfig = DataConfig()
   new_model: NewModelConfig = NewModelConfig()

@@ -17,7 +17,7 @@ from spo_jax.config_check import from_config_dict
 
 # Fields that may change when a workdir is used again: none of them changes the result of an
 # iteration.
-MAY_CHANGE = ("iterations", "checkpoint", "config_file")
+MAY_CHANGE = ("iterations", "checkpoint", "topology", "config_file")
 
 _EXPORT = flags.DEFINE_string("export", None, "folder for the trained policy, which must not exist")
 flags.mark_flag_as_required("workdir")

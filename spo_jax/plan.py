@@ -33,18 +33,19 @@ from spo_jax.run import new_decoder
 DOES_NOT_FIT_STATUS = 1
 _TRIES = 3  # compilations to verify the largest value of a field
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, ..., or cpu:N")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "v5e:4x4, v5p:2x2x2, ..., or cpu:N; else that of the config"
+)
 _CHIP_GIB = flags.DEFINE_float("chip_gib", None, "memory of a chip, in place of the known one")
 _LAYERS = flags.DEFINE_list("layers", [], "two numbers: compile so many, draw a line to the rest")
 _LARGEST = flags.DEFINE_bool("largest", True, "look for the largest packing.rows, rollout.slots")
 _JSON = flags.DEFINE_string("json", None, "file for the plan as JSON")
-flags.mark_flag_as_required("topology")
 
 
 def plan_from_flags() -> int:
   """Compiles, prints, writes. Returns the exit status."""
   config = from_config_dict(command_line.CONFIG.value, Config)
-  topology = open_topology(_TOPOLOGY.value, _CHIP_GIB.value)
+  topology = open_topology(chosen_topology(_TOPOLOGY.value, config), _CHIP_GIB.value)
   note = lambda text: print(text, file=sys.stderr, flush=True)
   plan = make_plan(config, topology, _parse_layers(_LAYERS.value), _LARGEST.value, note)
   print("\n".join(report.lines(plan)))
@@ -54,6 +55,18 @@ def plan_from_flags() -> int:
     except OSError as error:
       raise UserError(f"--json: '{_JSON.value}' cannot be written: {error.strerror}") from error
   return 0 if plan.all_fit else DOES_NOT_FIT_STATUS
+
+
+def chosen_topology(named: str | None, config: Config) -> str:
+  """The topology of the command line, else that of the config.
+
+  Raises:
+    UserError: if neither names one.
+  """
+  name = named or config.topology
+  if not name:
+    raise UserError("this config names no topology: give --topology, such as v5e:4x4")
+  return name
 
 
 def _parse_layers(values: list[str]) -> tuple[int, ...]:

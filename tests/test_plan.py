@@ -305,3 +305,11 @@ def test_the_command_writes_json_and_says_by_its_status_that_it_does_not_fit(tmp
   assert all(p["total"] > 0 and p["seconds"] > 0 for p in found["programs"])
   assert found["state"]["moments"] > found["state"]["parameters"] > 0
   assert "It does not fit" in done.stdout and "compiled update/train_step" in done.stderr
+
+
+def test_the_command_line_goes_before_the_config():
+  there = dataclasses.replace(Config(), topology="v5e:2x4")
+  assert plan.chosen_topology(None, there) == "v5e:2x4"
+  assert plan.chosen_topology("v5p:2x2x2", there) == "v5p:2x2x2"
+  with pytest.raises(UserError, match="names no topology: give --topology"):
+    plan.chosen_topology(None, Config())
