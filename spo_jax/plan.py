@@ -147,7 +147,7 @@ def planned_decoder(config: Config) -> DecoderConfig:
         f"config.model '{config.model}' is no folder, and its config.json is not among those that "
         "plans know: give a folder with that file"
       )
-    return config_from_hf(hf, dtype=config.compute.dtype, remat=config.compute.remat)
+    return config_from_hf(hf, **dataclasses.asdict(config.compute))
   with tempfile.TemporaryDirectory() as folder:
     tokenizer = load_tokenizer(config.data.tokenizer, work_dir=folder)
   return new_decoder(config.new_model, config.compute, len(tokenizer))

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from configs import spo_tree
 from configs.experiments import EXPERIMENTS
 from spo_jax import plan
 from spo_jax.algorithms.partition import make_partition
 from spo_jax.config import Config, EvalConfig, MeshConfig, PackingConfig, RolloutConfig
+from spo_jax.config_check import from_config_dict
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.infra.topology import GIB, open_topology
@@ -313,3 +315,10 @@ def test_the_command_line_goes_before_the_config():
   assert plan.chosen_topology("v5p:2x2x2", there) == "v5p:2x2x2"
   with pytest.raises(UserError, match="names no topology: give --topology"):
     plan.chosen_topology(None, Config())
+
+
+def test_the_planned_decoder_computes_as_the_config_says():
+  config = spo_tree.get_config("qwen1.5b_math")
+  decoder = plan.planned_decoder(from_config_dict(config, Config))
+  assert (decoder.attention, decoder.dtype, decoder.remat) == ("flash", "bfloat16", True)
+  assert decoder.layers == 28
