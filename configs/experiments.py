@@ -27,6 +27,7 @@ class Experiment:
   chain_updates: int  # an epoch, of SPO-chain and GRPO
   chain_epochs: int  # an iteration, likewise
   chain_interval: int  # cutpoints a segment
+  slots: int = 128  # of SPO: nodes or trajectories whose continuations are decoded at a time
   topology: str = "v5e:4x4"  # TPUs, as spo_jax.plan takes them
 
 
@@ -82,6 +83,7 @@ DEEPSEEK_GSM8K = _change(
   RHO_GSM8K,
   model="realtreetune/deepseekmath-7b-sft-GSM8K",
   chain_updates=4,
+  slots=64,  # the suffixes of 128 trajectories' probes would take 1.2 TB
   topology="v5p:2x2x4",
 )
 EXPERIMENTS = {

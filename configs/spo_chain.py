@@ -79,6 +79,6 @@ def paper(config, experiment: Experiment, interval: int) -> None:
   config.rollout.samples = SAMPLES
   config.rollout.probes = experiment.probes
   config.rollout.cuts_per_group = 2
-  config.rollout.slots = 128  # trajectories whose probes are decoded at a time
+  config.rollout.slots = experiment.slots
   config.partition.interval = interval
   set_schedule(config)

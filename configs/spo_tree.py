@@ -82,5 +82,5 @@ def paper(config, experiment: Experiment, branches: tuple[int, ...]) -> None:
   config.rollout.prompts = experiment.tree_prompts
   config.rollout.branches = branches
   config.rollout.segment_tokens = (experiment.tree_segment,) * (len(branches) - 1)
-  config.rollout.slots = 128  # nodes whose children are decoded at a time
+  config.rollout.slots = experiment.slots
   set_schedule(config)
