@@ -95,6 +95,7 @@ EXPERIMENTS = {
     R1_MATH,
     max_response_tokens=3896,  # 4096 with the prompt
     tree_segment=1111,
+    slots=64,  # the plan says that SPO-chain's probes do not fit with 128
   ),
   "qwen1.5b_game24": _change(R1_MATH, data="game24", template="r1_game24", grader="game24"),
   "qwen2.5_1.5b_math": _change(
