@@ -118,4 +118,8 @@ def keep(connection: Connection, grader: str, timeout_s: float, memory_mb: int) 
 
 if __name__ == "__main__":
   fd, grader, timeout_s, memory_mb = sys.argv[1:]
-  keep(Connection(int(fd)), grader, float(timeout_s), int(memory_mb))
+  try:
+    keep(Connection(int(fd)), grader, float(timeout_s), int(memory_mb))
+  finally:
+    # Nothing is left to end in order, and an exception in an interpreter that ends is printed.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

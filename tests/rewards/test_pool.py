@@ -125,6 +125,14 @@ def test_closing_ends_all_processes_and_using_starts_them_again(capfd):
   made.close()
 
 
+def test_a_process_that_is_told_to_end_while_it_ends_is_silent(capfd):
+  late = "tests.rewards.terminated_late:grade"
+  made = pool.GraderPool(late, workers=1, timeout_s=60.0, memory_mb=512)
+  assert made.grade(["1"], ["1"])[0].reward == 1
+  made.close()
+  assert capfd.readouterr() == ("", "")
+
+
 def test_an_interrupt_in_mid_batch_leaves_no_stale_replies_or_processes(monkeypatch):
   made = pool.GraderPool(HOSTILE, workers=1, timeout_s=60.0, memory_mb=512)
   child = int(made.grade(["pid"], [""])[0].reward)
