@@ -1,4 +1,5 @@
-"""What a person is told, once, when an iteration trains nothing: that it is so, and why."""
+"""What a person is told, once, of an iteration that trains nothing, or passes tokens through the
+model several times: that it is so, and why."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,6 +7,8 @@ import numpy as np
 
 from spo_jax.config import Config
 from spo_jax.forest import Forest
+
+MANY_COPIES = 1.5  # of a token on average, from which on longer rows are worth a word
 
 
 class Notices:
@@ -27,7 +30,7 @@ class Notices:
     rewards: np.ndarray,
     metrics: Mapping[str, float],
   ) -> None:
-    """Tells why an iteration trained nothing, unless it did or the reason is known already.
+    """Tells what is amiss with an iteration, unless nothing is or it is known already.
 
     Args:
       config: of the run.
@@ -36,12 +39,21 @@ class Notices:
       rewards: [N] float32, read at the leaves.
       metrics: of the iteration.
     """
-    if metrics["train/skipped"] < 1:
-      return
-    reason, line = nothing_trained(config, forest, rewards, metrics)
+    if metrics["train/skipped"] == 1:
+      reason, line = nothing_trained(config, forest, rewards, metrics)
+      self._tell(reason, f"iteration {iteration} trains nothing: {line}")
+    if metrics["train/copies"] > MANY_COPIES:
+      self._tell(
+        "copies",
+        f"iteration {iteration} passes a token through the model {metrics['train/copies']:.1f} "
+        f"times on average: rows of config.packing.row_length {config.packing.row_length} tokens "
+        "hold few segments beside their ancestors; longer and fewer rows would do the same faster",
+      )
+
+  def _tell(self, reason: str, line: str) -> None:
     if reason not in self._told:
       self._told.add(reason)
-      self._note(f"iteration {iteration} trains nothing: {line}")
+      self._note(line)
 
 
 def nothing_trained(

@@ -213,6 +213,7 @@ def update(
     "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
     "train/advantage_abs": float(np.mean(np.abs(trained))) if len(trained) else 0.0,
     "train/packed_tokens": counts["packed_tokens"],
+    "train/copies": counts["packed_tokens"] / max(1, counts["distinct_tokens"]),
     "train/row_fill": counts["packed_tokens"] / max(1, counts["rows"] * config.packing.row_length),
     "time/pack_s": packed_at - began,
     "time/update_s": time.perf_counter() - packed_at,

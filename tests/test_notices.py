@@ -1,4 +1,4 @@
-"""Each reason for which an iteration trains nothing is told, once."""
+"""What is amiss with an iteration is told, once."""
 
 import types
 
@@ -14,6 +14,7 @@ QUIET = {
   "train/segments": 0,
   "train/ratio": 1.0,
   "train/grader_failures": 0,
+  "train/copies": 1.0,
 }
 
 
@@ -73,3 +74,11 @@ def test_what_may_be_behind_equal_rewards_is_told():
   assert "max_response_tokens 46; rollouts/" in line
   (line,) = told(Config(), [-1, -1])
   assert "no reward yet, all 2 responses have reward -1 " in line
+
+
+def test_rows_too_short_for_their_trees_are_told_once():
+  trains = {"skipped": 0.0, "tokens": 9.0, "segments": 2}
+  assert told(Config(), [0, 1], copies=1.5, **trains) == []
+  (line,) = told(Config(), [0, 1], iterations=2, copies=2.65, **trains)
+  assert "a token through the model 2.6 times" in line and "row_length 288 tokens" in line
+  assert len(told(Config(), [0, 1], copies=2.65)) == 2

@@ -77,7 +77,7 @@ def pack(
 
   Returns:
     (batch, counts): counts has `rows`, `micro_batches` that hold them, `segments` and `tokens`
-    trained, `packed_tokens`.
+    trained, `packed_tokens`, and how many of these are `distinct_tokens`, no copies.
 
   Raises:
     UserError: if a path from root to leaf is longer than a row, or a query block sees more than
@@ -135,6 +135,7 @@ def pack(
     "segments": int(trained.sum()),
     "tokens": int(batch["loss_mask"].sum()),
     "packed_tokens": int(lengths.sum()),
+    "distinct_tokens": int(forest.lengths[np.unique(placed["node"])].sum()),
   }
   return PackedForest(**batch), counts
 
