@@ -4,6 +4,10 @@ Hyperparameters are those of AIFrameResearch/SPO (its configs/*.jsonnet); where 
 comment says so. Each names a machine; whether a method fits it is told, without it, by
 
   python -m spo_jax.plan --config=configs/spo_tree.py:qwen1.5b_math --topology=v5e:4x4
+
+Hours are known of one machine only, with random weights, whose responses never end: one H100 sampled
+the trees of 4 of qwen1.5b_math's 32 prompts in 43 s and trained on them in 91 s, in rows of 2048
+tokens (benchmarks/RESULTS.md), so 18 minutes an iteration at most.
 """
 
 import dataclasses
@@ -27,6 +31,7 @@ class Experiment:
   chain_updates: int  # an epoch, of SPO-chain and GRPO
   chain_epochs: int  # an iteration, likewise
   chain_interval: int  # cutpoints a segment
+  tree_row_length: int = 2048  # tokens of a packed row of SPO-tree
   slots: int = 128  # of SPO: nodes or trajectories whose continuations are decoded at a time
   topology: str = "v5e:4x4"  # TPUs, as spo_jax.plan takes them
 
@@ -76,6 +81,7 @@ R1_MATH = Experiment(
   chain_updates=4,
   chain_epochs=1,
   chain_interval=40,
+  tree_row_length=16384,  # 1.03 copies of a token; rows of 2048, a leaf and its ancestors, held 2.6
 )
 # Parameters, moments and the reference policy of 7 billion parameters take 110 GB, the caches of
 # SPO-chain's 512 trajectories of 1536 tokens 390 GB, and while they are made 260 GB more.
@@ -105,6 +111,7 @@ EXPERIMENTS = {
     max_prompt_tokens=512,
     max_response_tokens=512,  # 1024 with the prompt
     tree_segment=100,
+    tree_row_length=4096,
     tree_prompts=16,
     probes=9,
     chain_interval=5,
@@ -118,6 +125,7 @@ EXPERIMENTS = {
     max_prompt_tokens=320,  # 200 there, of the question alone
     max_response_tokens=704,  # 1024 with the prompt
     tree_segment=100,
+    tree_row_length=4096,
     chain_interval=5,
   ),
   "deepseekmath7b_gsm8k": DEEPSEEK_GSM8K,
@@ -139,6 +147,7 @@ OWN = _change(
   max_prompt_tokens=512,
   max_response_tokens=1024,
   tree_segment=100,
+  tree_row_length=2048,
   chain_interval=5,
 )
 

@@ -83,4 +83,5 @@ def paper(config, experiment: Experiment, branches: tuple[int, ...]) -> None:
   config.rollout.branches = branches
   config.rollout.segment_tokens = (experiment.tree_segment,) * (len(branches) - 1)
   config.rollout.slots = experiment.slots
+  config.packing.row_length = max(config.packing.row_length, experiment.tree_row_length)
   set_schedule(config)
