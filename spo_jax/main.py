@@ -32,7 +32,7 @@ def train_from_flags() -> None:
   command_line.claim_workdir(workdir, fields, may_change=MAY_CHANGE)
   # Imported after the checks that need no JAX: a misspelt field is reported at once.
   from spo_jax.infra.progress import Progress
-  from spo_jax.models.pretrained import check_export
+  from spo_jax.models.export import check_export
   from spo_jax.run import make_run
   from spo_jax.train import train
 
