@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from spo_jax.data.json_lines import read_rows
 from spo_jax.errors import UserError
 from spo_jax.models.decoder import count_params, init_params
+from spo_jax.models.export import check_export, export_model
 from spo_jax.models.families import FAMILIES, config_from_hf
-from spo_jax.models.pretrained import check_export, export_model
 
 FIELDS = ("question", "problem", "solution", "answer")  # of GSM8K, MATH and one's own JSON lines
 EOS, PAD = "<|endoftext|>", "<|pad|>"

@@ -3,6 +3,7 @@
 A command's exit status is 0 for done; 2 is a mistake of the user's, told in one line.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -18,9 +19,11 @@ from spo_jax.errors import UserError
 
 USER_ERROR_STATUS = 2
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "FILE or FILE:variant", lock_config=True)
+_WORDS: list[str] = []  # the command line where the config's flag looks for overrides
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "FILE or FILE:variant", lock_config=True, sys_argv=_WORDS
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run that it holds is resumed")
-flags.mark_flag_as_required("config")
 
 
 def run_command(argv: list[str], config_class: type, command: Callable[[], int | None]) -> int:
@@ -48,33 +51,67 @@ def run_command(argv: list[str], config_class: type, command: Callable[[], int |
 def parse_flags(argv: list[str], config_class: type) -> None:
   """Parses the command line, overrides of config fields included.
 
+  An override may stand anywhere, and of a field that is set twice the last value counts. By itself
+  the library wants --config first, and joins the tuples that a field is given.
+
   Raises:
-    UserError: for an unknown flag or field, a value of another type, a config file that cannot be
-      read.
+    UserError: for an unknown flag or field, a value of another type, a config file that is not
+      named or cannot be read.
   """
-  for argument in argv[1:]:
-    name = argument.lstrip("-").partition("=")[0]
-    if argument.startswith("-") and name.startswith("config."):
-      check_field(config_class, name.removeprefix("config."))
-  file = config_name(argv).partition(":")[0]
-  if file and not os.path.exists(file):
-    raise UserError(f"there is no config file {file!r}")
   try:
-    rest = flags.FLAGS(argv)
+    words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    given, arguments = split_words(words, config_class)
+    file = given.pop("config", "").partition("=")[2]
+    if not file:
+      raise UserError("no config is named: give --config=FILE, as in --config=configs/spo_tree.py")
+    if not os.path.exists(path := file.partition(":")[0]):
+      raise UserError(f"there is no config file {path!r}")
+    _WORDS[:] = [f"--config={file}", *given.values()]
+    flags.FLAGS([argv[0], *_WORDS])
   # The library raises TypeError and ValueError for a value of another type than the field's.
   except (flags.Error, TypeError, ValueError) as error:
     raise UserError(" ".join(str(error).split())) from error
-  if len(rest) > 1:
-    raise UserError(f"unexpected argument {rest[1]!r}: fields are set as --config.field=value")
+  if arguments:
+    raise UserError(f"unexpected argument {arguments[0]!r}: fields are set as --config.field=value")
 
 
-def config_name(argv: list[str]) -> str:
-  """FILE:variant as it stands on the command line."""
-  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-    name, _, value = argument.lstrip("-").partition("=")
-    if argument.startswith("-") and name == "config":
-      return value or following
-  return ""
+def split_words(words: Sequence[str], config_class: type) -> tuple[dict[str, str], list[str]]:
+  """Flags by name, each with its value in one word, and the words that belong to no flag.
+
+  Flags are in the order in which they, or those that replace them, are given.
+
+  Raises:
+    UserError: if the config has no such field.
+  """
+  given: dict[str, str] = {}
+  arguments = []
+  left = iter(words)
+  for word in left:
+    name, equals, _ = word.removeprefix("-").removeprefix("-").partition("=")
+    if word == "--":
+      arguments += left
+    elif not word.startswith("-") or not name:
+      arguments.append(word)
+    else:
+      negated = name.startswith("noconfig.")
+      name = name.removeprefix("no") if negated else name
+      if _takes_value(name, config_class) and not (equals or negated):
+        word = "=".join([word, *itertools.islice(left, 1)])
+      given.pop(name, None)
+      given[name] = word
+  return given, arguments
+
+
+def _takes_value(name: str, config_class: type) -> bool:
+  """Whether a flag has a value, which is the next word unless it is set with =."""
+  if name.startswith("config."):
+    return check_field(config_class, name.removeprefix("config.")) is not bool
+  return name in flags.FLAGS and not flags.FLAGS[name].boolean
+
+
+def config_file() -> str:
+  """FILE:variant as the command line named it."""
+  return flags.FLAGS["config"].config_filename
 
 
 def claim_workdir(

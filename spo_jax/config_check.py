@@ -93,11 +93,11 @@ def from_config_dict(config: ml_collections.ConfigDict, config_class: type[C]) -
   return built
 
 
-def check_field(config_class: type, path: str) -> None:
-  """Checks that a dotted name, such as `rollout.prompts`, is a field of a config.
+def check_field(config_class: type, path: str) -> type:
+  """The type of a field of a config by its dotted name, such as `rollout.prompts`.
 
   Raises:
-    UserError: if it is not, with the nearest name that is.
+    UserError: if there is none, with the nearest name that there is.
   """
   cls, where = config_class, "config"
   for name in path.split("."):
@@ -105,6 +105,7 @@ def check_field(config_class: type, path: str) -> None:
       raise UserError(f"{where} is a {cls.__name__} and has no field {name!r}")
     _check_name(cls, name, where)
     cls, where = typing.get_type_hints(cls)[name], f"{where}.{name}"
+  return cls
 
 
 def _check_name(cls, name: str, where: str) -> None:

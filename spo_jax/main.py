@@ -28,11 +28,11 @@ def train_from_flags() -> None:
   config = from_config_dict(command_line.CONFIG.value, Config)
   workdir = pathlib.Path(command_line.WORKDIR.value).absolute()
   export = pathlib.Path(_EXPORT.value).absolute() if _EXPORT.value else None
-  fields = dataclasses.asdict(config) | {"config_file": command_line.config_name(sys.argv)}
+  fields = dataclasses.asdict(config) | {"config_file": command_line.config_file()}
   command_line.claim_workdir(workdir, fields, may_change=MAY_CHANGE)
   # Imported after the checks that need no JAX: a misspelt field is reported at once.
   from spo_jax.infra.progress import Progress
-  from spo_jax.models.pretrained import check_export
+  from spo_jax.models.export import check_export
   from spo_jax.run import make_run
   from spo_jax.train import train
 

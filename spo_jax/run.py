@@ -14,15 +14,9 @@ from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
 from spo_jax.models.attention import check_backend
 from spo_jax.models.decoder import DecoderConfig, LayerKind, init_params
+from spo_jax.models.export import export_model, llama_config
 from spo_jax.models.families import config_from_hf
-from spo_jax.models.pretrained import (
-  Pretrained,
-  check_tensors,
-  export_model,
-  find_pretrained,
-  llama_config,
-  load_params,
-)
+from spo_jax.models.pretrained import Pretrained, check_tensors, find_pretrained, load_params
 from spo_jax.models.rope import Rope
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.token import SamplingConfig
@@ -67,7 +61,7 @@ class Run:
     return jax.jit(make, out_shardings=param_shardings(self.mesh, shapes))()
 
   def export(self, params: Any, folder: pathlib.Path) -> None:
-    """Writes the policy as a Hugging Face model; see `pretrained.export_model`."""
+    """Writes the policy as a Hugging Face model; see `export.export_model`."""
     if self.pretrained is not None:
       hf = self.pretrained.hf
     else:

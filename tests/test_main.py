@@ -3,10 +3,15 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
+from absl.testing import flagsaver
 
-from spo_jax.command_line import USER_ERROR_STATUS, config_name, difference
+from spo_jax import command_line
+from spo_jax.command_line import USER_ERROR_STATUS, difference
+from spo_jax.config import Config
+from spo_jax.errors import UserError
 from tests import tiny_run
 
 CONFIG = "spo_tree.py"
@@ -88,10 +93,112 @@ def test_config_json_tells_file_and_fields(finished):
   assert config["rollout"]["prompts"] == tiny_run.TINY["rollout.prompts"]
 
 
-def test_config_name():
-  assert config_name(["main", "--config=a.py:b", "--workdir=w"]) == "a.py:b"
-  assert config_name(["main", "--config", "a.py"]) == "a.py"
-  assert config_name(["main", "--workdir=w"]) == ""
+FILE = "configs/spo_tree.py"
+
+
+def parsed(*words):
+  """(config, workdir, FILE:variant) of a command line."""
+  with flagsaver.flagsaver():
+    command_line.parse_flags(["program", *words], Config)
+    config = command_line.CONFIG.value.to_dict()
+    return config, command_line.WORKDIR.value, command_line.config_file()
+
+
+def test_an_override_may_stand_anywhere():
+  fields = ["--config.seed=3", "--config.compute.remat", "--config.rollout.prompts", "16"]
+  for words in (
+    [f"--config={FILE}", *fields, "--workdir=w"],
+    [*fields, "--workdir", "w", f"--config={FILE}"],
+    ["-workdir", "w", *fields[:2], "--config", FILE, *fields[2:]],
+  ):
+    config, workdir, file = parsed(*words)
+    assert (config["seed"], config["compute"]["remat"], config["rollout"]["prompts"]) == (
+      3,
+      True,
+      16,
+    )
+    assert (workdir, file) == ("w", FILE)
+
+
+def test_a_value_stays_with_its_flag():
+  config, workdir, file = parsed(
+    "--workdir", "--config=x", "--config.seed", "-3", "--config.data.system", "--config.nope=1",
+    f"--config={FILE}:filler",
+  )  # fmt: skip
+  assert (workdir, file) == ("--config=x", f"{FILE}:filler")
+  assert (config["seed"], config["data"]["system"]) == (-3, "--config.nope=1")
+  assert config["data"]["variant"] == "filler"
+
+
+def test_the_last_of_two_values_counts():
+  config, workdir, file = parsed(
+    "--config=configs/none.py", "--workdir=v", "--config.rollout.branches=(3,3)", "--config.seed=1",
+    "--config.compute.remat", f"--config={FILE}", "--config.rollout.branches", "(2,4)",
+    "--config.seed=2", "--noconfig.compute.remat", "--workdir=w",
+  )  # fmt: skip
+  assert (workdir, file) == ("w", FILE)
+  assert config["rollout"]["branches"] == (2, 4)
+  assert config["seed"] == 2 and not config["compute"]["remat"]
+
+
+def test_a_flag_that_is_given_again_stands_where_it_was_given_last():
+  words = ["--config.seed=1", "--v=0", "--nolog", "--config.seed=2", "end"]
+  given, arguments = command_line.split_words(words, Config)
+  assert list(given.values()) == ["--v=0", "--nolog", "--config.seed=2"]
+  assert arguments == ["end"]
+
+
+def test_flags_of_a_file(tmp_path):
+  (tmp_path / "flags").write_text(f"--config.seed=3\n--config.iterations=5\n--config={FILE}\n")
+  config, workdir, file = parsed(
+    f"--flagfile={tmp_path / 'flags'}", "--config.seed=4", "--workdir=w"
+  )
+  assert (config["seed"], config["iterations"], workdir, file) == (4, 5, "w", FILE)
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--config.seed=1"], "no config is named: give --config=FILE, as in --config=configs/"),
+    (["--config=", "--config.seed=1"], "no config is named"),
+    (["--", f"--config={FILE}"], "no config is named"),
+    ([f"--config={FILE}", "--", "--config.nope=1"], "unexpected argument '--config.nope=1'"),
+    (["mine", f"--config={FILE}"], "unexpected argument 'mine'"),
+    ([f"--config={FILE}", "-"], "unexpected argument '-'"),
+    (["--workdr", "w", f"--config={FILE}"], "Unknown command line flag 'workdr'. Did .*: workdir"),
+    ([f"--config={FILE}", "--config.seed"], "Missing value for flag --config.seed"),
+    (["--noconfig.iteratons", f"--config={FILE}"], "no field 'iteratons', did you .*'iterations'"),
+    (["--noconfig.seed", f"--config={FILE}"], "Unknown command line flag 'noconfig.seed'"),
+    (["--config.rollout.branches=(2,", f"--config={FILE}"], "flag --config.rollout.branches="),
+    (["--flagfile=none"], "Unable to open flagfile"),
+  ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(words, message):
+  with pytest.raises(UserError, match=message) as error:
+    parsed("--workdir=w", *words)
+  assert "\n" not in str(error.value)
+
+
+def test_all_commands_take_overrides_before_the_config(tmp_path):
+  cases = {
+    "main": (FILE, "--config.rollout.prompts=0", "config.rollout.prompts is 0"),
+    "evaluate": ("configs/eval.py:json", "--config.samples=0", "config.model names no model"),
+    "plan": (FILE, "--config.rollout.slots=0", "config.rollout.slots is 0"),
+  }
+  processes = {
+    message: subprocess.Popen(
+      [sys.executable, "-m", f"spo_jax.{name}", field, f"--workdir={tmp_path}", "--config", file],
+      cwd=tiny_run.REPOSITORY,
+      env=tiny_run.environment(),
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for name, (file, field, message) in cases.items()
+  }
+  for message, process in processes.items():
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == USER_ERROR_STATUS, errors
+    assert errors.splitlines()[-1].startswith(f"spo_jax: {message}"), errors
 
 
 def test_difference():

@@ -7,7 +7,7 @@ import pytest
 
 from spo_jax.config import ComputeConfig, Config, DataConfig
 from spo_jax.errors import UserError
-from spo_jax.models.pretrained import export_model, llama_config
+from spo_jax.models.export import export_model, llama_config
 from spo_jax.run import make_run
 from tests.byte_tokenizer import BOS, END_TURN, EOS, make_tokenizer
 from tests.tiny import VOCAB, tiny_config, tiny_params

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.text.gsm8k.gsm8k import Gsm8k
 
 from spo_jax.data import game24
+from spo_jax.data.download import Gsm8kDownload
 from spo_jax.data.json_lines import Row, read_rows
 from spo_jax.errors import UserError
 
@@ -251,15 +251,6 @@ def make_builder(name: str, data_dir: str, manual_dir: str, fields: Fields) -> P
     origin, load = digest.hexdigest()[:12], lambda: read_splits(name, files, fields)
   folder = pathlib.Path(data_dir) / f"{name}-{origin}"
   return Problems(load, data_dir=folder, file_format="array_record")
-
-
-class Gsm8kDownload(Gsm8k):
-  """TFDS's own builder, which reads no manual folder.
-
-  It has no checksums that TFDS could look for; see `Problems.url_infos`.
-  """
-
-  url_infos = None
 
 
 def _gsm8k_of_tfds(data_dir: str) -> dict[str, list[Problem]]:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: read tensor by tensor into sharded arrays, and written back.
+"""Hugging Face checkpoints: found, checked, and read tensor by tensor into sharded arrays.
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or several such files and their
 index. Names, shapes and dtypes are checked from the files' headers, before a tensor is read.
@@ -10,8 +10,6 @@ import functools
 import json
 import math
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,18 +18,17 @@ import numpy as np
 import safetensors
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
 
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import param_shardings
 from spo_jax.models.decoder import DecoderConfig, init_params
-from spo_jax.models.families import Transform, from_hf, hf_shape, parameter_table, to_hf
+from spo_jax.models.families import Transform, from_hf, hf_shape, parameter_table
 
-SHARD_BYTES = 4 * 1024**3  # largest file of an exported checkpoint, unless one tensor is larger
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # by their safetensors names
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_FILES = (_CONFIG, _INDEX, "*.safetensors", "generation_config.json", "*token*", "*.model")
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, "*.safetensors", "*token*", "*.model")
 _NAMED = 3  # most tensors that an error names
 
 
@@ -58,11 +55,11 @@ def find_pretrained(name: str) -> Pretrained:
   if not folder.is_dir():
     folder = _download(name)
   try:
-    hf = json.loads((folder / _CONFIG).read_text())
+    hf = json.loads((folder / CONFIG_FILE).read_text())
   except OSError as error:
-    raise UserError(f"model folder '{folder}' has no {_CONFIG}") from error
+    raise UserError(f"model folder '{folder}' has no {CONFIG_FILE}") from error
   except ValueError as error:
-    raise UserError(f"'{folder / _CONFIG}' is no JSON: {error}") from error
+    raise UserError(f"'{folder / CONFIG_FILE}' is no JSON: {error}") from error
   return Pretrained(folder, hf)
 
 
@@ -88,14 +85,14 @@ class _Tensor:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  index = folder / _INDEX
+  index = folder / INDEX_FILE
   if index.is_file():
     try:
       names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f"'{index}' is no index of a checkpoint: {error!r}") from error
   else:
-    names = [_WEIGHTS]
+    names = [WEIGHTS_FILE]
   files = [folder / name for name in names]
   for file in files:
     if not file.is_file():
@@ -136,7 +133,7 @@ def check_tensors(pretrained: Pretrained, cfg: DecoderConfig) -> dict[str, _Tens
     UserError: naming the tensors that are missing, surplus, misshapen or of an unknown dtype.
   """
   found = _headers(pretrained.folder)
-  wanted = {name: hf_shape(kind, shape) for name, kind, shape in _layout(cfg)}
+  wanted = {name: hf_shape(kind, shape) for name, kind, shape in tensor_layout(cfg)}
   ignored = lambda name: (
     name.endswith("rotary_emb.inv_freq") or (cfg.tie_embeddings and name == "lm_head.weight")
   )
@@ -150,10 +147,10 @@ def check_tensors(pretrained: Pretrained, cfg: DecoderConfig) -> dict[str, _Tens
       for name, shape in wanted.items()
       if name in found and found[name].shape != shape
     ],
-    f"has in another dtype than {', '.join(_DTYPES)}": [
+    f"has in another dtype than {', '.join(DTYPES)}": [
       f"{name} {found[name].dtype}"
       for name in wanted
-      if name in found and found[name].dtype not in _DTYPES
+      if name in found and found[name].dtype not in DTYPES
     ],
   }
   for problem, names in problems.items():
@@ -168,14 +165,15 @@ def _shapes(cfg: DecoderConfig):
   return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
-def _layout(cfg: DecoderConfig) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+def tensor_layout(cfg: DecoderConfig) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
   """(name of the tensor, its transform, shape of the parameter), in the order of the layers."""
   shapes = nn.unbox(_shapes(cfg))
   for path, (name, kind) in parameter_table(cfg).items():
-    yield name, kind, _at(shapes, path).shape
+    yield name, kind, at_path(shapes, path).shape
 
 
-def _at(tree, path: tuple[str, ...]):
+def at_path(tree, path: tuple[str, ...]):
+  """What a nested dictionary holds at the end of a path of keys."""
   for name in path:
     tree = tree[name]
   return tree
@@ -204,13 +202,13 @@ def load_params(pretrained: Pretrained, cfg: DecoderConfig, mesh: jax.sharding.M
     # Opened anew for each tensor: a file that stays open keeps what was read in memory.
     with _open(tensors[name].file) as opened:
       tensor = opened.get_tensor(name)
-    sharding = _at(shardings, path)
+    sharding = at_path(shardings, path)
     raw = jax.make_array_from_callback(
       tensor.shape, hf_sharding(kind, sharding), lambda index, tensor=tensor: tensor[index]
     )
     array = raw  # what is stored as it is kept, such as a large embedding, is not copied again
     if kind is not Transform.SAME or raw.dtype != np.float32:
-      array = _to_param(kind, _at(shapes, path).shape, sharding)(raw)
+      array = _to_param(kind, at_path(shapes, path).shape, sharding)(raw)
     node = params
     for step in path[:-1]:
       node = node.setdefault(step, {})
@@ -237,126 +235,3 @@ def hf_sharding(kind: Transform, sharding: NamedSharding) -> NamedSharding:
     Transform.BIAS: (0,),
   }[kind]
   return NamedSharding(sharding.mesh, PartitionSpec(*[spec[axis] for axis in axes]))
-
-
-def llama_config(cfg: DecoderConfig, context: int, tokenizer: Any) -> dict[str, Any]:
-  """The config.json of a decoder that was not read from one: our own geometry is Llama's.
-
-  Args:
-    cfg: a decoder of the plain kind that `run.new_decoder` makes.
-    context: most positions that it was trained at.
-    tokenizer: whose special tokens `transformers` reads here when it generates.
-  """
-  (kind,) = cfg.layer_kinds
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": cfg.vocab_size,
-    "hidden_size": cfg.width,
-    "num_hidden_layers": cfg.layers,
-    "num_attention_heads": cfg.heads,
-    "num_key_value_heads": cfg.kv_heads,
-    "head_dim": cfg.head_dim,
-    "intermediate_size": cfg.ffn,
-    "hidden_act": "silu",
-    "rms_norm_eps": cfg.norm_eps,
-    "rope_parameters": {"rope_type": "default", "rope_theta": kind.rope.theta},
-    "max_position_embeddings": context,
-    "tie_word_embeddings": cfg.tie_embeddings,
-    "dtype": "float32",
-    **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-  }
-
-
-def check_export(folder: pathlib.Path) -> None:
-  """Checks that a checkpoint can be written to a folder.
-
-  Raises:
-    UserError: if something is there already, or the folder above cannot be written.
-  """
-  if folder.exists():
-    raise UserError(f"--export: '{folder}' exists already; name a folder that does not")
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder.parent).close()
-  except OSError as error:
-    raise UserError(f"--export: '{folder}' cannot be written: {error.strerror}") from error
-
-
-def export_model(
-  params: Any,
-  cfg: DecoderConfig,
-  hf: dict[str, Any],
-  tokenizer: Any,
-  folder: pathlib.Path,
-  *,
-  source: Pretrained | None = None,
-  shard_bytes: int = SHARD_BYTES,
-) -> None:
-  """Writes a folder that `transformers` loads: weights, config.json, tokenizer.
-
-  Args:
-    params: parameters of the decoder, on any devices that this process can read.
-    cfg: its geometry.
-    hf: its config.json.
-    tokenizer: its tokenizer.
-    folder: what to write; it appears when it is whole.
-    source: the checkpoint that the parameters came from. Each tensor gets the dtype that it had
-      there, and generation_config.json is kept.
-    shard_bytes: largest file.
-
-  Raises:
-    UserError: as `check_export`.
-  """
-  check_export(folder)
-  dtypes = {}
-  if source is not None:
-    dtypes = {name: _DTYPES[t.dtype] for name, t in check_tensors(source, cfg).items()}
-  shards = _plan_shards(cfg, dtypes, shard_bytes)
-  paths = {name: (path, kind) for path, (name, kind) in parameter_table(cfg).items()}
-  unfinished = pathlib.Path(
-    tempfile.mkdtemp(prefix=f"{folder.name}-incomplete-", dir=folder.parent)
-  )
-  try:
-    for file, names in shards.items():
-      tensors = {}
-      for name in names:
-        path, kind = paths[name]
-        tensor = to_hf(kind, np.asarray(_at(params, path)))
-        tensors[name] = np.ascontiguousarray(tensor, dtype=dtypes.get(name, "float32"))
-      # transformers refuses files that do not say which framework's layout they have.
-      save_file(tensors, unfinished / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-      weight_map = {name: file for file, names in shards.items() for name in names}
-      index = {"metadata": {}, "weight_map": weight_map}
-      (unfinished / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (unfinished / _CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
-    tokenizer.save_pretrained(unfinished)
-    if source is not None and (kept := source.folder / "generation_config.json").is_file():
-      shutil.copy(kept, unfinished)
-    # Temporary folders, and what safetensors writes, are their owner's alone.
-    unfinished.chmod(0o755)
-    for file in unfinished.iterdir():
-      file.chmod(0o644)
-    unfinished.rename(folder)
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _plan_shards(
-  cfg: DecoderConfig, dtypes: dict[str, str], shard_bytes: int
-) -> dict[str, list[str]]:
-  """Names of the tensors of each file."""
-  groups: list[list[str]] = [[]]
-  used = 0
-  for name, _, shape in _layout(cfg):
-    size = math.prod(shape) * (2 if dtypes.get(name, "float32") != "float32" else 4)
-    if groups[-1] and used + size > shard_bytes:
-      groups.append([])
-      used = 0
-    groups[-1].append(name)
-    used += size
-  if len(groups) == 1:
-    return {_WEIGHTS: groups[0]}
-  name = lambda i: f"model-{i:05}-of-{len(groups):05}.safetensors"
-  return {name(i): names for i, names in enumerate(groups, 1)}

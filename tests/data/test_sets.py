@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from spo_jax.data import game24, sets, source
 from spo_jax.errors import UserError
@@ -239,24 +238,6 @@ def test_mistakes_get_one_line(tmp_path, name, manual_dir, message):
 def test_sets_of_files_have_no_variants(tmp_path):
   with pytest.raises(UserError, match="'game24' has no variant 'filler', it has: plain"):
     source.load_split("game24", "filler", "test", str(tmp_path))
-
-
-def test_gsm8k_as_tfds_downloads_it(tmp_path, data_dir, monkeypatch):
-  def download(self, urls):
-    return {name: SAMPLES / "gsm8k" / f"{name.split('_')[0]}.jsonl" for name in urls}
-
-  monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
-  for split in ("train", "validation", "test"):
-    assert list(load("gsm8k", split, tmp_path, "")) == list(load("gsm8k", split, data_dir))
-
-
-def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch):
-  def download(self, urls):
-    raise ConnectionError("no route\nto host")
-
-  monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
-  with pytest.raises(UserError, match=r"\(no route to host\): set config.data.manual_dir .*gsm8k/"):
-    load("gsm8k", "test", tmp_path, "")
 
 
 @pytest.mark.skipif(not FULL.is_dir(), reason="the full data sets are not beside the repository")

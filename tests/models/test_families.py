@@ -12,8 +12,9 @@ import transformers
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models.attention import DecodeContext, PackedContext, attend_decode, attend_packed
 from spo_jax.models.decoder import forward, token_logits
+from spo_jax.models.export import export_model
 from spo_jax.models.families import config_from_hf, hf_shape, parameter_table, to_hf
-from spo_jax.models.pretrained import export_model, find_pretrained, load_params
+from spo_jax.models.pretrained import find_pretrained, load_params
 from spo_jax.sampling import verbs
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.training.packing import PackedForest, visible_blocks
