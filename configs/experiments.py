@@ -5,9 +5,9 @@ comment says so. Each names a machine; whether a method fits it is told, without
 
   python -m spo_jax.plan --config=configs/spo_tree.py:qwen1.5b_math --topology=v5e:4x4
 
-Hours are known of one machine only, with random weights, whose responses never end: one H100 sampled
-the trees of 4 of qwen1.5b_math's 32 prompts in 43 s and trained on them in 91 s, in rows of 2048
-tokens (benchmarks/RESULTS.md), so 18 minutes an iteration at most.
+Hours are known of one machine only, with random weights, whose responses never end: one H100
+sampled the trees of 4 of qwen1.5b_math's 32 prompts in 43 s and trained on them in 91 s, in rows of
+2048 tokens (benchmarks/RESULTS.md), so 18 minutes an iteration at most.
 """
 
 import dataclasses
