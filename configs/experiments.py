@@ -81,7 +81,7 @@ R1_MATH = Experiment(
   chain_updates=4,
   chain_epochs=1,
   chain_interval=40,
-  tree_row_length=16384,  # 1.03 copies of a token; rows of 2048, a leaf and its ancestors, held 2.6
+  tree_row_length=16384,  # 1.1 copies of a token; rows of 2048, a leaf and its ancestors, held 2.6
 )
 # Parameters, moments and the reference policy of 7 billion parameters take 110 GB, the caches of
 # SPO-chain's 512 trajectories of 1536 tokens 390 GB, and while they are made 260 GB more.

@@ -52,13 +52,13 @@ class PackConfig:
         raise UserError(f"{whole} {a} must be a multiple of {part} {b}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Piece:
-  """Nodes of one tree that stay together in a row; context nodes are trained in another piece."""
+  """Nodes of one tree that stay together in a row; the first so many are trained in another one."""
 
   nodes: list[int]
-  context: list[bool]
-  size: int
+  context: int
+  size: int  # tokens
 
 
 def pack(
@@ -67,7 +67,7 @@ def pack(
   """Packs the trained segments of a forest, and the ancestors that they need, into rows.
 
   Trees are laid into rows best fit, the largest first. A tree longer than a row is cut into
-  sub-trees, each with a copy of its ancestors, which are trained in one of the copies only.
+  pieces, each with a copy of its ancestors, which are trained in one of the copies only.
 
   Args:
     forest: N nodes.
@@ -210,60 +210,40 @@ def with_room(
 
 
 def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> list[_Piece]:
-  parents = forest.parent.tolist()
-  lengths = forest.lengths.tolist()
-  needed, size = trained.tolist(), [0] * len(parents)
-  children = [[] for _ in parents]
+  """Every tree depth first, in as few pieces as rows of this length allow: a piece ends where the
+  next node does not fit, and the next one begins with that node's ancestors.
+  """
+  parents, lengths = forest.parent.tolist(), forest.lengths.tolist()
+  needed = trained.tolist()
+  children = [[] for _ in parents]  # those that are needed, the last first
   for node in range(len(parents) - 1, -1, -1):
-    if needed[node]:
-      size[node] += lengths[node]
-      parent = parents[node]
-      if parent >= 0:
-        needed[parent] = True
-        size[parent] += size[node]
-        children[parent].append(node)
-  for below in children:
-    below.reverse()
+    if needed[node] and parents[node] >= 0:
+      needed[parents[node]] = True
+      children[parents[node]].append(node)
+
+  def ancestors(node):
+    path = []
+    while (node := parents[node]) >= 0:
+      path.append(node)
+    return path[::-1]
 
   pieces = []
-
-  def write(node, nodes):
-    stack = [node]
+  for root in np.flatnonzero((forest.parent < 0) & needed).tolist():
+    piece, stack = None, [root]
     while stack:
       node = stack.pop()
-      nodes.append(node)
-      stack.extend(reversed(children[node]))
-
-  def cut(node, path, path_size):
-    """Cuts the sub-tree of `node` below the context `path` of `path_size` tokens."""
-    if path_size + size[node] <= row_length:
-      nodes = list(path)
-      write(node, nodes)
-      context = [True] * len(path) + [False] * (len(nodes) - len(path))
-      pieces.append(_Piece(nodes, context, path_size + size[node]))
-      return
-    above, above_size = [*path, node], path_size + lengths[node]
-    if above_size > row_length or not children[node]:
-      raise UserError(
-        f"a path of {above_size} tokens does not fit row_length {row_length}: make rows at least "
-        "as long as the longest prompt and response together"
-      )
-    fits = [c for c in children[node] if above_size + size[c] <= row_length]
-    first_piece = len(pieces)
-    for members in _fill_rows([size[c] for c in fits], row_length - above_size):
-      nodes = list(above)
-      for member in members:
-        write(fits[member], nodes)
-      context = [True] * len(above) + [False] * (len(nodes) - len(above))
-      pieces.append(_Piece(nodes, context, above_size + sum(size[fits[m]] for m in members)))
-    for child in children[node]:
-      if above_size + size[child] > row_length:
-        cut(child, above, above_size)
-    pieces[first_piece].context[len(path)] = False  # `node` itself is trained in its first copy
-
-  for root in np.flatnonzero(forest.parent < 0):
-    if needed[root]:
-      cut(int(root), [], 0)
+      stack.extend(children[node])
+      if piece is None or piece.size + lengths[node] > row_length:
+        path = ancestors(node)
+        piece = _Piece(path, len(path), sum(lengths[above] for above in path))
+        pieces.append(piece)
+      piece.nodes.append(node)
+      piece.size += lengths[node]
+      if piece.size > row_length:
+        raise UserError(
+          f"a path of {piece.size} tokens does not fit row_length {row_length}: make rows at least "
+          "as long as the longest prompt and response together"
+        )
   return pieces
 
 
@@ -294,13 +274,13 @@ def _place(forest: Forest, pieces: list[_Piece], rows: list[list[int]], row_leng
       piece = pieces[member]
       first = len(columns["node"])
       index: dict[int, int] = {}  # node -> its copy in this piece
-      for node, context in zip(piece.nodes, piece.context, strict=True):
+      for place, node in enumerate(piece.nodes):
         above = index.get(parents[node])
         index[node] = len(columns["node"])
         columns["node"].append(node)
         columns["row"].append(row)
         columns["start"].append(cursor)
-        columns["context"].append(context)
+        columns["context"].append(place < piece.context)
         columns["until"].append(cursor + lengths[node])
         if above is None:
           columns["position"].append(0)
