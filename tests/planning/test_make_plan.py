@@ -117,8 +117,9 @@ def test_a_value_above_which_nothing_changes_is_the_largest():
   entry = find(lambda slots: sized(100 + 10 * slots), most=40)
   assert entry.value == 40 and entry.all_there_is and entry.total == 500
   assert find(lambda slots: sized(100), most=40).value == 40
-  entry = find(lambda slots: sized(100 + 10 * slots), most=400)
-  assert entry.value == 88 and not entry.all_there_is
+  tried = []
+  entry = find(lambda slots: tried.append(slots) or sized(100 + 10 * slots), most=400)
+  assert tried == [16, 8, 88] and entry.value == 88 and not entry.all_there_is
 
 
 def test_nothing_is_compiled_anew_for_a_value_that_is_all_there_is():

@@ -64,15 +64,17 @@ def test_two_numbers_of_layers_tell_of_the_models_own():
   """Programs whose arguments are 10 floats, and 25 for each layer."""
   setup = setup_of()
   setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=7))
-  notes = []
+  notes, layers = [], []
 
   def programs(part):
+    layers.append(part.model.layers)
     for name in ("decode", "extend"):
       x = floats(10 + 25 * part.model.layers)
       yield Program(name, "sampling", lambda x=x: jax.jit(jnp.sum).lower(x), beside=())
 
   found = measure.measure_all(setup, programs, (1, 3), notes.append)
   assert [(p.name, p.arguments) for p in found] == [("decode", 740), ("extend", 740)]
+  assert layers == [1, 3]
   assert len(notes) == 4 and notes[0].startswith("compiled sampling/decode, 1 layers")
   (alone,) = measure.measure_all(setup, programs, (), notes.append, only="extend")
   assert (alone.name, alone.arguments) == ("extend", 740)

@@ -64,6 +64,8 @@ def test_the_state_counts_the_reference_policy_where_there_is_one():
   state = plan.state()
   assert 0 < state["reference policy"] == state["parameters"]
   assert 2 * state["parameters"] <= state["moments"] < 2.1 * state["parameters"]
+  total = sum(state.values())
+  assert plan_of([], total).state_fits and not plan_of([], total - 1).state_fits
   without = dataclasses.replace(plan, setup=setup_of(data=2, fsdp=4, loss={"kl_coef": 0.0}))
   assert without.state() == state | {"reference policy": 0}
 
