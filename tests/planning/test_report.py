@@ -84,6 +84,14 @@ def test_the_largest_values_are_told():
   ]
 
 
+def test_sizes_on_a_line_are_said_to_be():
+  plan = plan_of([STEP], 3 * GIB)
+  assert report.as_json(plan)["layers_compiled"] == [1]
+  plan = dataclasses.replace(plan, layers=(2, 4))
+  assert report.as_json(plan)["layers_compiled"] == [2, 4]
+  assert "sizes are on the line through compilations with 2 and 4 layers" in report.lines(plan)
+
+
 def test_parameters_are_grouped_over_layers():
   setup = setup_of()
   setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=3))
