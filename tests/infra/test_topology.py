@@ -4,11 +4,18 @@ import os
 import sys
 import types
 
+import jax
 import pytest
 from jax.experimental import topologies
 
 from spo_jax.errors import UserError
 from spo_jax.infra.topology import GIB, open_topology
+
+
+@pytest.fixture(autouse=True)
+def eight_devices():
+  """Makes the devices of this process: a topology would make as many as it asks for."""
+  assert len(jax.devices()) == 8
 
 
 @pytest.fixture
