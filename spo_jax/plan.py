@@ -31,7 +31,7 @@ from spo_jax.planning.measure import Measured, measure_all
 from spo_jax.run import new_decoder
 
 DOES_NOT_FIT_STATUS = 1
-_TRIES = 3  # compilations to verify the largest value of a field
+_TRIES = 3  # compilations to verify the largest value of a field, the last on a second line
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "v5e:4x4, v5p:2x2x2, ..., or cpu:N; else that of the config"
@@ -172,6 +172,9 @@ def find_largest(
 ) -> report.Largest:
   """The largest value of a field that fits: a line through two sizes, verified by compiling.
 
+  Where neither what the line says nor a step less fits, sizes bend upwards, and the last try is on
+  the line through the largest that fits.
+
   Args:
     field: its name.
     measure_with: compiles the field's program with a value.
@@ -183,25 +186,34 @@ def find_largest(
   """
   value = min(value, most or value)
   known = {value: now}
+  fits = lambda v: known[v].compiled and known[v].total <= chip_bytes
+
+  def full(a: int, b: int) -> float:
+    """Where the line through two values reaches the chip's memory."""
+    slope = (known[b].total - known[a].total) / (b - a)
+    steps = (chip_bytes - known[a].total) / slope / step if slope > 0 else math.inf
+    return a + math.floor(steps) * step if steps < math.inf else steps
+
   other = step if value > step else 2 * step
+  guess = math.inf
   if most is None or other <= most:
     known[other] = measure_with(other)
-  slope = (known[other].total - now.total) / (other - value) if other in known else 0.0
-  guess = value
-  if slope > 0:
-    guess += math.floor((chip_bytes - now.total) / slope / step) * step
+    guess = full(value, other)
   if most is not None:
-    guess = min(guess, most) if slope > 0 else most
-  for _ in range(_TRIES):
+    guess = min(guess, most)
+  elif guess == math.inf:
+    guess = value
+  for attempt in range(_TRIES):
     if guess < step:
       break
     if guess not in known:
       known[guess] = measure_with(guess)
-    if known[guess].compiled and known[guess].total <= chip_bytes:
+    if fits(guess):
       return report.Largest(field, guess, known[guess].total, guess == most)
-    guess -= step
-  fitting = [v for v, found in known.items() if found.compiled and found.total <= chip_bytes]
-  best = max(fitting, default=0)
+    below = max((v for v in known if fits(v)), default=0)
+    bent = full(below, guess) if attempt and below else math.inf
+    guess = min(guess - step, bent)
+  best = max((v for v in known if fits(v)), default=0)
   return report.Largest(field, best, known[best].total if best else 0.0, best == most)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from spo_jax.infra.mesh import row_shards
 from spo_jax.infra.topology import GIB, Topology
 from spo_jax.planning.measure import Measured, bytes_per_chip
 from spo_jax.planning.programs import Setup, abstract_state
@@ -161,7 +162,7 @@ def _verdict(plan: Plan, size, name: str) -> list[str]:
     worst = max(plan.programs, key=lambda p: p.total)
     free = size(plan.topology.chip_bytes - worst.total)
     return [f"It fits: {free} {name} a chip are free during {worst.phase}: {worst.name}."]
-  shards = plan.setup.mesh.shape["data"] * plan.setup.mesh.shape["fsdp"]
+  shards = row_shards(plan.setup.mesh)
   out = ["It does not fit. What would help:"]
   if not plan.state_fits:
     out.append(f"  the state alone takes {size(sum(plan.state().values()))} {name} a chip")

@@ -177,6 +177,7 @@ def hf_logits(model, tokens, mask=None, positions=None) -> np.ndarray:
   mask = torch.ones_like(tokens) if mask is None else torch.tensor(mask).long()
   positions = None if positions is None else torch.tensor(positions).long()
   with torch.no_grad():
-    return model(
+    logits = model(
       input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
-    ).logits.numpy()
+    ).logits
+  return logits.float().numpy()
