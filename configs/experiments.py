@@ -200,9 +200,9 @@ def apply(config, experiment: Experiment) -> None:
   config.checkpoint.every = 10
 
 
-def set_schedule(config) -> None:
+def set_schedule(config, warmup_share: float = WARMUP_SHARE) -> None:
   """Warm-up and decay over all updates, also where the command line changes their number."""
   counts = [config.get_ref(name) for name in ("iterations", "minibatches", "epochs")]
   updates = counts[0] * counts[1] * counts[2]
-  config.optimizer.warmup_steps = (updates * WARMUP_SHARE).to_int()
+  config.optimizer.warmup_steps = (updates * warmup_share).to_int()
   config.optimizer.decay_steps = updates

@@ -62,8 +62,7 @@ def embedded(config, data: str, max_response_tokens: int) -> None:
   config.loss.kl_coef = 1e-4
 
   config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
-  updates = config.get_ref("iterations") * config.get_ref("minibatches")
-  config.optimizer.decay_steps = updates  # cosine, to 0
+  set_schedule(config, warmup_share=0.0)  # cosine, to 0
   config.optimizer.clip_norm = 1.0
 
 

@@ -65,8 +65,7 @@ def embedded(config, data: str, segment_tokens: tuple[int, ...], max_response_to
   config.loss.kl_coef = 1e-4
 
   config.optimizer.learning_rate = 3e-4
-  updates = config.get_ref("iterations") * config.get_ref("minibatches")
-  config.optimizer.decay_steps = updates  # cosine, to 0
+  set_schedule(config, warmup_share=0.0)  # cosine, to 0
   config.optimizer.clip_norm = 1.0
 
 

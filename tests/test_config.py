@@ -68,6 +68,10 @@ def test_the_schedule_follows_the_number_of_updates():
   assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (120, 4000)
   config.iterations, config.epochs = 100, 2
   assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (24, 800)
+  for method in (spo_tree, spo_chain, grpo):
+    config = method.get_config()
+    config.iterations, config.minibatches, config.epochs = 10, 3, 2
+    assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (0, 60)
 
 
 @pytest.mark.parametrize(
