@@ -5,9 +5,11 @@ comment says so. Each names a machine; whether a method fits it is told, without
 
   python -m spo_jax.plan --config=configs/spo_tree.py:qwen1.5b_math --topology=v5e:4x4
 
-Hours are known of one machine only, with random weights, whose responses never end: one H100
-sampled the trees of 4 of qwen1.5b_math's 32 prompts in 43 s and trained on them in 91 s, in rows of
-2048 tokens (benchmarks/RESULTS.md), so 18 minutes an iteration at most.
+What each needs: `topology` names the chips, 16 of TPU v5e, of whose 15.75 GiB the models of 1 to
+1.5 billion parameters take 8.5 to 10, 13 at 4K; DeepSeekMath-7B wants 16 of v5p. Hours are known of
+one machine only, with random weights, whose responses never end: an H100 sampled the trees of 4 of
+qwen1.5b_math's 32 prompts in 43 s and trained on them in 91 s, in rows of 2048 tokens, so 18
+minutes an iteration at most. benchmarks/RESULTS.md has what was compiled and measured.
 """
 
 import dataclasses
