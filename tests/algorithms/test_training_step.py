@@ -38,7 +38,6 @@ def _training_step(logits, batch, *, use_prob_mask, hyper):
       batch["advantages"],
     ),
   )
-  every = lambda x: jax.nn.log_softmax(x / temperature) * mask[..., None]
 
   def loss(logits):
     return reference.actor_loss(
@@ -47,10 +46,11 @@ def _training_step(logits, batch, *, use_prob_mask, hyper):
       advantages,
       loss_mask,
       ref,
-      every(logits),
-      every(batch["logits_ref"]),
+      logits,
+      batch["logits_ref"],
       estimator="control_variate",
       hyper=hyper,
+      temperature=temperature,
     )
 
   (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(logits)
