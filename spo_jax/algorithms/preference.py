@@ -32,11 +32,11 @@ def sequence_logprobs(logprobs: jax.Array, sequence: jax.Array, *, num_sequences
   chex.assert_rank(logprobs, 2)
   chex.assert_equal_shape([logprobs, sequence])
   chex.assert_type([logprobs, sequence], [float, int])
-  member = sequence >= 0
+  owner = jnp.where(
+    sequence >= 0, sequence, num_sequences
+  )  # segment_sum drops what is out of range
   return jax.ops.segment_sum(
-    jnp.where(member, logprobs, 0).astype(jnp.float32).reshape(-1),
-    jnp.where(member, sequence, num_sequences).reshape(-1),  # out of range: dropped
-    num_segments=num_sequences,
+    logprobs.astype(jnp.float32).reshape(-1), owner.reshape(-1), num_segments=num_sequences
   )
 
 
