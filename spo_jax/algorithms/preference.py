@@ -32,11 +32,9 @@ def sequence_logprobs(logprobs: jax.Array, sequence: jax.Array, *, num_sequences
   chex.assert_rank(logprobs, 2)
   chex.assert_equal_shape([logprobs, sequence])
   chex.assert_type([logprobs, sequence], [float, int])
-  owner = jnp.where(
-    sequence >= 0, sequence, num_sequences
-  )  # segment_sum drops what is out of range
+  # What has an id outside [0, S) is dropped.
   return jax.ops.segment_sum(
-    logprobs.astype(jnp.float32).reshape(-1), owner.reshape(-1), num_segments=num_sequences
+    logprobs.astype(jnp.float32).reshape(-1), sequence.reshape(-1), num_segments=num_sequences
   )
 
 
