@@ -143,6 +143,7 @@ def test_draws_are_those_of_a_list_of_segments(seed):
       for path, rest in segments_of(forest, advantages, trained).items():
         waiting.append((iteration, int(questions[tree_of[path]]), path, rest))
     assert len(buffer) == len(waiting)
+    assert_keeps_no_more_than_it_needs(buffer)
     forest, advantages, trained = buffer.draw(iteration, np.random.default_rng((seed, iteration)))
     drawn = segments_of(forest, advantages, trained)
 
@@ -157,14 +158,18 @@ def test_draws_are_those_of_a_list_of_segments(seed):
     assert len(buffer) == len(waiting)
     drawn_in_all += len(drawn)
     expired_in_all += buffer.expired
-    assert_holds_no_more_than_it_needs(forest, trained)
-    state = buffer.state()
-    kept = Forest(**{name: state[name] for name in Forest._fields})
-    assert_holds_no_more_than_it_needs(kept, state["waiting"])
+    assert_no_more_than_needed(forest, trained)
+    assert_keeps_no_more_than_it_needs(buffer)
   assert drawn_in_all and (expired_in_all or most == 10)
 
 
-def assert_holds_no_more_than_it_needs(forest: Forest, needed):
+def assert_keeps_no_more_than_it_needs(buffer: ReplayBuffer):
+  state = buffer.state()
+  forest = Forest(**{name: state[name] for name in Forest._fields})
+  assert_no_more_than_needed(forest, state["waiting"])
+
+
+def assert_no_more_than_needed(forest: Forest, needed):
   """Nodes that nothing continues are those that are needed; trees are numbered without gaps."""
   has_children = np.zeros(len(forest.parent), bool)
   has_children[forest.parent[forest.parent >= 0]] = True
