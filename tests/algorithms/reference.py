@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.algorithms import advantages, kl, losses, masking, values
+from spo_jax.algorithms import advantages, losses, values
 from tests.conftest import FIXTURES
 
 
@@ -78,11 +78,16 @@ def group_forest(group_id, score):
   return make_forest(prompts + responses)
 
 
+PROVER_WEIGHT = 5.0
+
+
 @functools.partial(jax.jit, static_argnames="max_depth")
 def _solve(forest, *, max_depth):
   nodes = values.forest_values(*forest, max_depth=max_depth)
   by_kind = {
-    kind: advantages.make_advantage(kind, eps=1e-8)(nodes, forest.parent, forest.counted)
+    kind: advantages.make_advantage(kind, eps=1e-8, best_of=4, prover_weight=PROVER_WEIGHT)(
+      nodes, forest.parent, forest.counted
+    )
     for kind in advantages.ADVANTAGES
   }
   return nodes, by_kind
@@ -100,11 +105,12 @@ def actor_loss(
   advantages,
   mask,
   ref_logprobs,
-  all_logprobs,
-  ref_all_logprobs,
+  logits,
+  ref_logits,
   *,
   estimator,
   hyper,
+  temperature=1.0,
 ):
   """The reference's `_compute_actor_loss` -> (loss, metrics), composed of sums.
 
@@ -128,13 +134,20 @@ def actor_loss(
     clip_min=hyper["kl_penalty_loss_clip_min"],
     clip_max=hyper["kl_penalty_loss_clip_max"],
   )
-  forward = kl.clip(
-    kl.full(ref_all_logprobs, all_logprobs),
-    hyper["forward_kl_penalty_clip_min"],
-    hyper["forward_kl_penalty_clip_max"],
+  identity = jnp.eye(logits.shape[-1], dtype=jnp.float32)
+  forward = losses.forward_kl(
+    logits,
+    identity,
+    ref_logits,
+    identity,
+    mask,
+    chunk=4,
+    temperature=temperature,
+    clip_min=hyper["forward_kl_penalty_clip_min"],
+    clip_max=hyper["forward_kl_penalty_clip_max"],
   )
   tokens = jnp.maximum(sums.count, 1)
-  forward_loss = hyper["forward_kl_penalty_coef"] * masking.masked_mean(forward, mask)
+  forward_loss = hyper["forward_kl_penalty_coef"] * forward / tokens
   kl_loss = hyper["kl_coef"] * divergence / hyper["num_rows"]
   skipped = sums.ratio / tokens > hyper["ratio_threshold"]
   metrics = {
