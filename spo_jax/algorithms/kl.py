@@ -107,6 +107,5 @@ def token_kl(
   if estimator not in per_token:
     raise ValueError(f"unknown KL estimator {estimator!r}, one of {per_token}")
   keep = lambda x: jnp.where(mask, x, 0)
-  return keep(
-    clip(KL_ESTIMATORS[estimator](keep(logprobs), keep(ref_logprobs)), clip_min, clip_max)
-  )
+  divergence = KL_ESTIMATORS[estimator](keep(logprobs), keep(ref_logprobs))
+  return keep(clip(divergence, clip_min, clip_max))

@@ -1,9 +1,9 @@
 """Per-token rewards, returns and generalised advantages: PPO with a critic.
 
 Rows hold responses end to end, with anything between them. `continues`, [B, T] bool, is True where
-the token at t + 1 follows the token at t in the same response: within mₜ ∧ mₜ₊₁ for a mask m of
-one response a row. It is False at a response's last token, where an episode ends with value 0.
-Nothing crosses from one response to another, NaN neither.
+token t + 1 follows token t in the same response; of one response a row with mask m it is
+mₜ ∧ mₜ₊₁. It is False at a response's last token, after which the value is 0. Nothing crosses from
+one response to another, not even NaN.
 """
 
 import chex

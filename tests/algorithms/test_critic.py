@@ -63,6 +63,14 @@ def test_without_clipping_it_is_half_the_squared_error():
   assert sums.clipped == 0
 
 
+def test_gradients_around_the_clip():
+  """Whole up to the bound, 0 beyond it towards the return, whole again away from the return."""
+  values = np.array([[0.25, 0.5, 0.75, -0.75]], np.float32)
+  zeros, returns = np.zeros_like(values), np.full_like(values, 2.0)
+  *_, grad = _loss_and_grad(values, zeros, returns, np.ones_like(values, bool), value_clip=0.5)
+  np.testing.assert_array_equal(grad * 4, (values - returns) * [[1, 1, 0, 1]])
+
+
 def test_sums_are_those_of_a_loop():
   batch = _random_batch(1)
   value_clip = 0.1
@@ -117,8 +125,14 @@ def test_returns_that_do_not_vary_explain_nothing():
   for constant in (0.0, 1.0, 0.1, 0.3, 0.7, -1 / 3):
     returns = np.full(mask.shape, constant, np.float32)
     assert _explained(returns + 1, returns, mask) == 0
-  returns[0, 0] += 1  # one token of 256 is variation
+
+
+def test_one_wrong_answer_in_thousands_of_tokens_is_variation():
+  mask = np.ones((4, 1024), bool)
+  returns = np.ones(mask.shape, np.float32)
+  returns[0, 0] = 0
   np.testing.assert_allclose(_explained(returns, returns, mask), 1)
+  np.testing.assert_allclose(_explained(np.ones_like(returns), returns, mask), 0, atol=1e-3)
 
 
 def test_bad_shapes_and_types_raise():

@@ -183,11 +183,15 @@ def test_token_rewards():
 
 def test_bad_shapes_and_types_raise():
   rewards, values, mask, continues, _ = _ragged()
-  with pytest.raises(AssertionError):
-    returns.gae(rewards, values[:, 1:], continues, gamma=1.0, lam=1.0)
-  with pytest.raises(AssertionError):
-    returns.gae(rewards, values, continues.astype(np.float32), gamma=1.0, lam=1.0)
-  with pytest.raises(AssertionError):
-    returns.discounted_returns(rewards, continues[:2], gamma=1.0)
-  with pytest.raises(AssertionError):
-    returns.token_rewards(rewards[:1], values, values, mask, kl_coef=0.1, estimator="kl", **NO_CLIP)
+  hyper = dict(gamma=1.0, lam=1.0)
+  kl_hyper = dict(kl_coef=0.1, estimator="kl", **NO_CLIP)
+  for call in (
+    lambda: returns.gae(rewards, values[:, 1:], continues, **hyper),
+    lambda: returns.gae(rewards, values, continues.astype(np.float32), **hyper),
+    lambda: returns.discounted_returns(rewards, continues[:2], gamma=1.0),
+    lambda: returns.discounted_returns(rewards, continues.astype(np.float32), gamma=1.0),
+    lambda: returns.token_rewards(rewards[:1], values, values, mask, **kl_hyper),
+    lambda: returns.token_rewards(rewards.astype(np.int32), values, values, mask, **kl_hyper),
+  ):
+    with pytest.raises(AssertionError):
+      call()
