@@ -87,6 +87,7 @@ class Learner:
       pack_config(config),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
+      most_pairs=config.rollout.prompts * config.rollout.samples // 2,
     )
     packed_at = time.perf_counter()
     batch = self._prepare(packed, counts["micro_batches"])

@@ -118,6 +118,7 @@ def test_every_method_runs(module, overrides, tmp_path):
     "rollout__max_response_tokens": 16,
     "iterations": 2,
     "data__grader": DIGITS,
+    "advantage__grade_unfinished": True,
     "new_model__layers": 1,
     "warm_start__max_steps": 0,
   }

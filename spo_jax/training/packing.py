@@ -78,6 +78,7 @@ def pack(
   *,
   weights: np.ndarray | None = None,
   pairs: np.ndarray | None = None,
+  most_pairs: int = 0,
 ) -> tuple[PackedForest, dict[str, int]]:
   """Packs the trained segments of a forest, and the ancestors that they need, into rows.
 
@@ -92,6 +93,7 @@ def pack(
     weights: [N] float32, of each node's tokens in the policy loss; None: all are 1.
     pairs: [P, 2] node ids of trained responses, chosen and rejected, of one tree each, which fits a
       row; None if the loss has no pairs.
+    most_pairs: P' of the batch's table, as many as a micro-batch's pairs can be.
 
   Returns:
     (batch, counts): counts has `rows`, `micro_batches` that hold them, `segments` and `tokens`
@@ -140,7 +142,9 @@ def pack(
     batch["weights"] = np.zeros(flat.shape, np.float32)
     batch["weights"][target] = weights[spread("node")]
   if pairs is not None:
-    sequence, table = _number_pairs(placed, pairs, len(forest.parent), cfg.rows, room)
+    sequence, table = _number_pairs(
+      placed["row"] // cfg.rows, placed["node"], pairs, (room, most_pairs), len(forest.parent)
+    )
     batch["sequence"] = np.full(flat.shape, -1, np.int32)
     batch["sequence"][target] = sequence[spread("node")]
 
@@ -167,18 +171,23 @@ def pack(
   return PackedForest(**batch), counts
 
 
-def _number_pairs(placed, pairs: np.ndarray, nodes: int, rows: int, micro_batches: int):
+def _number_pairs(micro_batches, copies, pairs: np.ndarray, shape: tuple[int, int], nodes: int):
   """Numbers the responses of each micro-batch's pairs.
 
+  Args:
+    micro_batches: [copies] of the copies of nodes.
+    copies: [copies] node ids.
+    pairs: [P, 2] node ids.
+    shape: micro-batches, and pairs that each has room for.
+    nodes: N.
+
   Returns:
-    ([N] int32, a node's number in its micro-batch or -1; [M, P, 2] int32 pairs of numbers). P, as
-    many as the pairs of any micro-batch could be, is a power of two.
+    ([N] int32, a node's number in its micro-batch or -1; [*shape, 2] int32 pairs of numbers).
   """
   home = np.zeros(nodes, np.int64)
-  home[placed["node"]] = placed["row"] // rows
-  owner = home[pairs[:, 0]] if len(pairs) else np.zeros(0, np.int64)
-  most = int(np.bincount(owner, minlength=1).max())
-  table = np.full((micro_batches, 1 << max(most - 1, 0).bit_length(), 2), -1, np.int32)
+  home[copies] = micro_batches
+  owner = home[pairs[:, 0]]
+  table = np.full((*shape, 2), -1, np.int32)
   sequence = np.full(nodes, -1, np.int32)
   for micro_batch in np.unique(owner):
     own = pairs[owner == micro_batch]
