@@ -1,7 +1,7 @@
 """From node values to the advantage of the segment that ends in a node.
 
 All functions take `ForestValues` and the `parent` array that it was made from. A root has no
-segment, and a segment without a value at either end tells nothing: both get 0.
+segment, and a segment tells nothing unless both of its ends have a value: these get 0.
 """
 
 import functools
@@ -115,8 +115,8 @@ def progress(
   """A(n) = V(n) - V(q) + α (B(V(n)) - B(V(q))): the policy's advantage plus α times the prover's.
 
   The paper's effective reward is Q + α A_prover, with V(n) for Q; so the reference's option
-  `use_pav`, V(n) + 5 (B(V(n)) - B(V(q))). Here the state's value is subtracted as a baseline, which
-  leaves the expected gradient as it is.
+  `use_pav`, V(n) + 5 (B(V(n)) - B(V(q))). Here V(q) is subtracted as a baseline, as in
+  `difference`, so that siblings of equal value get 0.
 
   Args:
     forest: values of the nodes, [N] each.

@@ -111,7 +111,8 @@ def delimiters(tokens: jax.Array, mask: jax.Array, *, delimiter_ids: tuple[int, 
   """A segment begins at response token 0 and after every token that holds a delimiter.
 
   So a token belongs to the step that its first character is in, as in VinePPO
-  (https://arxiv.org/abs/2410.01679), and a step that begins and ends inside one token is none.
+  (https://arxiv.org/abs/2410.01679), and a step that begins and ends inside one token is none. An
+  end-of-sequence token right behind a delimiter is a segment; VinePPO adds it to the step before.
 
   Args:
     tokens: [B, T] int32, not negative.

@@ -59,7 +59,6 @@ def _training_step(logits, batch, continues, *, use_prob_mask, hyper):
       hyper["grayen_advantages"], masking.rescale(advantages, mask, unbiased=True), advantages
     ),
   )
-  every = lambda x: jax.nn.log_softmax(x / temperature) * mask[..., None]
 
   def loss(logits):
     return reference.actor_loss(
@@ -68,10 +67,11 @@ def _training_step(logits, batch, continues, *, use_prob_mask, hyper):
       advantages,
       loss_mask,
       ref,
-      every(logits),
-      every(batch["logits_ref"]),
+      logits,
+      batch["logits_ref"],
       estimator="control_variate",
       hyper=hyper,
+      temperature=temperature,
     )
 
   (value, loss_metrics), grad = jax.value_and_grad(loss, has_aux=True)(logits)
