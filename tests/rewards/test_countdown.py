@@ -39,6 +39,8 @@ def test_right_responses(response, answer):
     "3*5=15;15+7=23",  # wrong sum, and not the target
     "3*5=14;14+8=22",  # 8 is not given
     "3*5=16;15+7=22",
+    "3*7=17;17+5=22",
+    "3+5=15;15+7=22",
     "3*5=15;7+7=14;15+7=22",  # 7 twice
     "3+5=8;8+7=15;15+7=22",  # 7 twice, after all were used
     "3*5=15;15+7=22;22+0=22",
@@ -71,6 +73,7 @@ def test_right_responses(response, answer):
     "3/0=22",
     "7/0=5;5*3=22",
     "٣*5=15;15+7=22",  # digits of another script
+    "3*5=1٥;15+7=22",
     "3*5=１５;１５+7=22",
     "3*5=1_5;15+7=22",
     "3²*5=15;15+7=22",
@@ -79,6 +82,12 @@ def test_right_responses(response, answer):
 )
 def test_wrong_responses(response):
   assert countdown.grade(response, PUZZLE) == 0.0
+
+
+def test_all_numbers_must_be_used():
+  assert countdown.grade("15+7=22", "15;7;9=22") == 0.0
+  assert countdown.grade("15+7=22", "15;7;22=22") == 0.0
+  assert countdown.grade("15+7=22;22*1=22", "15;7;1=22") == 1.0
 
 
 @pytest.mark.parametrize(
