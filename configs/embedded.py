@@ -24,6 +24,7 @@ EMBEDDED = {
   "filler": dataclasses.replace(
     ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(16, 16)
   ),
+  "countdown": Embedded("countdown", "plain", "countdown", 12, 38, tree_segments=(7, 8)),
 }
 
 

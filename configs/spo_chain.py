@@ -23,7 +23,7 @@ VARIANTS = {**EMBEDDED, **EXPERIMENTS, **OTHER_INTERVALS, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
+  """The config of a variant: an embedded task (default `arithmetic`), a paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0

@@ -11,14 +11,15 @@ import ml_collections
 
 from spo_jax.errors import UserError
 
-EMBEDDED = "arithmetic"  # the data set that is generated, and has a tokenizer
+# The data sets that are generated, and have a tokenizer.
+EMBEDDED = ("arithmetic", "countdown")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where prompts and answers come from."""
 
-  name: str = EMBEDDED  # or "gsm8k", "math", "math500", "aime24", "game24", "json"
+  name: str = "arithmetic"  # or "countdown", "gsm8k", "math", "math500", "aime24", "game24", "json"
   variant: str = "plain"
   data_dir: str = ""  # folder that data sets are built in; "" is the workdir's own
   manual_dir: str = ""  # folder of JSON lines that a set is built from; see data/sets.py

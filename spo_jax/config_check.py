@@ -161,7 +161,7 @@ def _check_training(config: Config) -> None:
   _check_positive(config, _POSITIVE)
   _check_choices(config, _CHOICES)
   _need(
-    config.data.name == EMBEDDED or config.model != "" or config.data.tokenizer != "",
+    config.data.name in EMBEDDED or config.model != "" or config.data.tokenizer != "",
     f"data set '{config.data.name}' needs config.model, a folder or hub id of a Hugging Face "
     "model, or config.data.tokenizer",
   )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 SPLIT_SIZES = {"train": 20000, "validation": 512, "test": 512}
+_MAX_IDLE_DRAWS = 20_000  # So many in succession without a new question: there are no more.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,11 @@ def make_splits(
   Args:
     draw: Makes an example; every call advances the generator by the same amount.
     split: The split that an example belongs to; a function of the problem alone.
-    sizes: Number of examples of each split; there must be as many different questions.
+    sizes: Number of examples of each split.
     seed: Seed of the stream of examples.
 
   Raises:
-    ValueError: If a split's name is unknown.
+    ValueError: If a split's name is unknown, or there are fewer questions than asked for.
   """
   unknown = set(sizes) - set(SPLIT_SIZES)
   if unknown:
@@ -51,11 +52,17 @@ def make_splits(
   splits = {name: [] for name in sizes}
   missing = {name for name, size in sizes.items() if size > 0}
   seen = set()
+  idle = 0
   while missing:
     example = draw(rng)
     name = split(example)
     if name not in missing or example.question in seen:
+      idle += 1
+      if idle == _MAX_IDLE_DRAWS:
+        found = {name: len(splits[name]) for name in sorted(missing)}
+        raise ValueError(f"no more different questions than {found} are found, wanted {sizes}")
       continue
+    idle = 0
     seen.add(example.question)
     splits[name].append(example)
     if len(splits[name]) == sizes[name]:
