@@ -12,10 +12,13 @@ is left. Exit status 0: all is done; 1: a run failed; 2: a mistake of yours; 3: 
 """
 
 import argparse
+import datetime
+import itertools
 import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import time
@@ -122,8 +125,12 @@ def write(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
     print(draw(result, folder / "curves.png"))
 
 
-def compare(args: argparse.Namespace) -> int:
+def compare(args: argparse.Namespace, command: str) -> int:
   """Does what is left; returns the exit status.
+
+  Args:
+    args: the command line, parsed.
+    command: the command line, to be written beside the tables.
 
   Raises:
     UserError: for a mistake on the command line.
@@ -149,9 +156,9 @@ def compare(args: argparse.Namespace) -> int:
   for stage in (stage for stage in steps if stage in args.only):
     steps[stage]()
   if "tables" in args.only:
-    for task in plan.tasks:
-      for arm in plan.arms:
-        write(plan.folder / task / arm, comparison.results(task, arm))
+    made = {"command": command, "date": datetime.date.today().isoformat()}
+    for task, arm in itertools.product(plan.tasks, plan.arms):
+      write(plan.folder / task / arm, made | comparison.results(task, arm))
   return status(comparison)
 
 
@@ -173,7 +180,7 @@ def main(argv: list[str]) -> int:
   # So that the runs are told to end too.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
-    return compare(parse_args(argv))
+    return compare(parse_args(argv), shlex.join(["python", "-m", "benchmarks.compare", *argv]))
   except UserError as error:
     print(f"compare: {error}", file=sys.stderr)
     return USER_ERROR_STATUS

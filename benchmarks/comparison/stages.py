@@ -10,7 +10,7 @@ from benchmarks.comparison.budgets import Pace, pace, write_calibration
 from benchmarks.comparison.figures import figures, final_accuracy
 from benchmarks.comparison.methods import Method
 from benchmarks.comparison.plan import Plan
-from benchmarks.comparison.rates import Scores, best, beyond
+from benchmarks.comparison.rates import Scores, best, beyond, read_rates
 from benchmarks.comparison.runs import Maker, Run
 from spo_jax.infra.metrics import read_metrics
 
@@ -117,11 +117,12 @@ class Comparison:
     self.maker.make(self._sweeps())
     while self.maker.ready(runs := self._sweeps()):
       self.maker.make(runs)
-    chosen: dict[str, dict[str, dict[str, float]]] = {}
+    path = self.plan.folder / RATES_FILE
+    chosen = read_rates(path) if path.exists() else {}  # of methods that this call leaves out
     for cell in self.cells():
       if (rate := self.rate(cell)) is not None:
         chosen.setdefault(cell.task, {}).setdefault(cell.arm, {})[cell.method.name] = rate
-    (self.plan.folder / RATES_FILE).write_text(json.dumps(chosen, indent=2) + "\n")
+    path.write_text(json.dumps(chosen, indent=2) + "\n")
 
   def rate(self, cell: Cell) -> float | None:
     """The chosen rate; None as long as there is none, or if each config keeps its own."""

@@ -42,6 +42,8 @@ def page(result: Result) -> str:
   if any(method["sweep"] for method in result["methods"]):
     parts += ["Mean final accuracy on the validation split, by rate:", sweep_table(result)]
     parts += [" ".join(sweep_notes(result))]
+  if "command" in result:
+    parts.append(f"Made on {result['date']} by `{result['command']}`.")
   return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -88,6 +88,8 @@ def test_sweep_goes_beyond_its_grid_and_chooses(tmp_path):
   before = len(made.maker.made)
   made.sweep()
   assert len(made.maker.made) == before
+  comparison(tmp_path, reached, "--methods", "grpo").sweep()
+  assert json.loads((tmp_path / "rates.json").read_text()) == chosen
 
 
 def test_a_sweep_stops_at_the_edge_after_its_extensions(tmp_path):
@@ -178,7 +180,9 @@ def test_the_command_writes_everything_and_tells_what_is_left(tmp_path, capsys):
   words += ["--rates", "1e-4", "2e-4", "4e-4"]
   assert compare.main(words) == 0
   folder = tmp_path / "arithmetic" / "tokens"
-  assert (folder / "table.md").read_text() in capsys.readouterr().out
+  text = (folder / "table.md").read_text()
+  assert text in capsys.readouterr().out
+  assert f"by `python -m benchmarks.compare --folder={tmp_path} --methods" in text
   assert len(json.loads((folder / "results.json").read_text())["methods"][1]["runs"]) == 3
   (folder / "test" / "grpo-lr0.0016-seed1" / "report.html").unlink()
   assert compare.main([*words, "--deadline_s=0"]) == compare.LEFT_STATUS
