@@ -36,11 +36,12 @@ def ppo_clip(
   epsilon_low: float,
   epsilon_high: float,
   log_ratio_bound: float,
+  weights: jax.Array | None = None,
 ) -> PPOSums:
   """PPO's clipped surrogate (https://arxiv.org/abs/1707.06347, eq. 7).
 
     rₜ = exp(clip(log πₜ - log π_oldₜ, ±log_ratio_bound))
-    loss = Σₜ max(-Aₜ rₜ, -Aₜ clip(rₜ, 1 - ε_low, 1 + ε_high))
+    loss = Σₜ wₜ max(-Aₜ rₜ, -Aₜ clip(rₜ, 1 - ε_low, 1 + ε_high))
 
   With the probability mask in loss_mask this is SPO's loss; with every response token in it,
   GRPO's and PPO's. An empty mask gives loss 0 and gradient 0; the reference gives NaN.
@@ -53,6 +54,7 @@ def ppo_clip(
     epsilon_low: ε_low, 0.2 in the paper.
     epsilon_high: ε_high, 0.2 in the paper.
     log_ratio_bound: beyond it the ratio is constant; 10 in the reference.
+    weights: [B, T] float, wₜ; None: all are 1. Only the loss is weighted.
 
   Returns:
     `PPOSums`.
@@ -67,7 +69,10 @@ def ppo_clip(
   ratios = jnp.exp(kl.clip(log_ratios, -log_ratio_bound, log_ratio_bound))
   unclipped = -keep(advantages) * ratios
   clipped = -keep(advantages) * kl.clip(ratios, 1 - epsilon_low, 1 + epsilon_high)
-  loss, count = masking.masked_sum_count(jnp.maximum(unclipped, clipped), loss_mask)
+  surrogate = jnp.maximum(unclipped, clipped)
+  if weights is not None:
+    surrogate = surrogate * keep(weights)
+  loss, count = masking.masked_sum_count(surrogate, loss_mask)
   return PPOSums(
     loss=loss,
     count=count,
@@ -96,9 +101,9 @@ def kl_loss(
     logprobs: [B, T] float, log-probabilities under the trained policy.
     ref_logprobs: [B, T] float, under the reference policy.
     loss_mask: [B, T] bool.
-    estimator: a key of `kl.KL_ESTIMATORS` other than "full".
-    clip_min: lower bound; 0 makes the estimator "kl" one-sided.
-    clip_max: upper bound.
+    estimator: as in `kl.token_kl`.
+    clip_min: likewise.
+    clip_max: likewise.
 
   Returns:
     float32 scalar.
@@ -106,16 +111,10 @@ def kl_loss(
   Raises:
     ValueError: If estimator is unknown.
   """
-  chex.assert_rank(logprobs, 2)
-  chex.assert_equal_shape([logprobs, ref_logprobs, loss_mask])
-  chex.assert_type([logprobs, ref_logprobs, loss_mask], [float, float, bool])
-  per_token = sorted(kl.KL_ESTIMATORS.keys() - {"full"})
-  if estimator not in per_token:
-    raise ValueError(f"unknown KL estimator {estimator!r}, one of {per_token}")
-  keep = lambda x: jnp.where(loss_mask, x, 0)
-  divergence = kl.KL_ESTIMATORS[estimator](keep(logprobs), keep(ref_logprobs))
-  total, _ = masking.masked_sum_count(kl.clip(divergence, clip_min, clip_max), loss_mask)
-  return total
+  divergence = kl.token_kl(
+    logprobs, ref_logprobs, loss_mask, estimator=estimator, clip_min=clip_min, clip_max=clip_max
+  )
+  return jnp.sum(divergence, dtype=jnp.float32)
 
 
 def nll(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -129,6 +128,31 @@ def nll(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array
     (sum, count), float32 scalars.
   """
   return masking.masked_sum_count(-logprobs, loss_mask)
+
+
+def weighted_nll(
+  logprobs: jax.Array,
+  advantages: jax.Array,
+  loss_mask: jax.Array,
+  *,
+  weights: jax.Array | None = None,
+) -> jax.Array:
+  """-Σₜ wₜ Aₜ log πₜ over the mask: with rewards for advantages what RestEM maximises
+  (https://arxiv.org/abs/2312.06585, eq. 4), with others REINFORCE.
+
+  Args:
+    logprobs: [B, T] float.
+    advantages: [B, T] float.
+    loss_mask: [B, T] bool.
+    weights: [B, T] float, wₜ; None: all are 1.
+
+  Returns:
+    float32 scalar.
+  """
+  keep = lambda x: jnp.where(loss_mask, x, 0)
+  weighted = keep(advantages) if weights is None else keep(advantages) * keep(weights)
+  total, _ = nll(keep(logprobs) * weighted, loss_mask)
+  return total
 
 
 def token_logprobs(

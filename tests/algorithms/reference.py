@@ -21,6 +21,18 @@ def padded(array, *shape):
   return np.pad(array, [(0, size - old) for size, old in zip(shape, array.shape, strict=True)])
 
 
+def terminal_rewards(scores, attention_mask):
+  """[B], [B, S] -> [B, S - 1]: a row's score at the shifted index of its last attended token."""
+  rewards = np.zeros((len(scores), attention_mask.shape[1] - 1), np.float32)
+  rewards[np.arange(len(scores)), attention_mask.sum(axis=1) - 2] = scores
+  return rewards
+
+
+def inner(mask):
+  """[B, T] mask of one response a row -> where the next token is of the response too."""
+  return mask & np.pad(mask[:, 1:], ((0, 0), (0, 1)))
+
+
 class Forest(NamedTuple):
   parent: np.ndarray
   depth: np.ndarray
