@@ -20,7 +20,6 @@ class Embedded:
   tree_segments: tuple[int, ...]  # M of SPO-tree's levels but the last
   # It stops early on purpose: that leaves RL most of the way.
   warm_start: WarmStartConfig = WarmStartConfig(target_accuracy=0.24)
-  warm_start_decay: int = 0  # steps; 0 keeps the learning rate constant
 
 
 ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(13, 13))
@@ -37,8 +36,7 @@ EMBEDDED = {
     max_prompt_tokens=12,
     max_response_tokens=38,
     tree_segments=(7, 8),
-    warm_start=WarmStartConfig(max_steps=800, eval_every=40, target_accuracy=0.24),
-    warm_start_decay=800,  # at a constant rate it ends at 0.09
+    warm_start=WarmStartConfig(max_steps=1500, eval_every=50, target_accuracy=0.24),
   ),
 }
 
@@ -49,7 +47,6 @@ def apply_embedded(config, task: Embedded) -> None:
   config.data.variant = task.variant
   config.data.grader = task.grader
   config.warm_start.update(dataclasses.asdict(task.warm_start))
-  config.warm_start_optimizer.decay_steps = task.warm_start_decay
   config.rollout.max_prompt_tokens = task.max_prompt_tokens
   config.rollout.max_response_tokens = task.max_response_tokens
   config.rollout.temperature = 1.0
