@@ -25,19 +25,16 @@ import optax
 from flax import linen as nn
 
 from spo_jax.algorithms import losses
+from spo_jax.config import Config
 from spo_jax.forest import Forest, ForestBuilder
+from spo_jax.learner import loss_config
 from spo_jax.models.attention import BACKENDS
 from spo_jax.models.decoder import DecoderConfig, LayerKind, forward, init_params, unembedding
 from spo_jax.models.rope import Rope
+from spo_jax.training.objective import LossConfig
 from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from spo_jax.training.packing import PackConfig, pack
-from spo_jax.training.step import (
-  LossConfig,
-  TrainState,
-  compiled_step,
-  init_state,
-  train_step,
-)
+from spo_jax.training.step import TrainState, compiled_step, init_state, train_step
 
 # Adam with a huge epsilon, for comparing gradients: its first update is the gradient times 1000,
 # which rounding of the parameters does not hide.
@@ -209,18 +206,12 @@ def configs(args: argparse.Namespace) -> tuple[DecoderConfig, LossConfig]:
     dtype=args.dtype,
     remat=False,
   )
-  loss = LossConfig(
-    temperature=1.0,
+  loss = dataclasses.replace(
+    loss_config(Config()),
     use_probability_mask=False,
-    probability_threshold=0.9,
     scaling="none",
-    epsilon_low=0.2,
-    epsilon_high=0.2,
-    log_ratio_bound=10.0,
     ratio_threshold=1e9,
     kl_coef=0.0,
-    kl_estimator="control_variate",
-    kl_clip_max=10.0,
     logprob_chunk=512,
   )
   return model, loss

@@ -11,7 +11,7 @@ that of DeepSeek-R1-Distill-Qwen; base models want --config.data.template=math_t
 `EvaluationConfig` in `spo_jax/config.py` lists every field.
 """
 
-from spo_jax.config import EvaluationConfig, default_config, parse_variant
+from spo_jax.config import EMBEDDED, EvaluationConfig, default_config, parse_variant
 
 # Data set, split, template, grader.
 VARIANTS = {
@@ -22,7 +22,8 @@ VARIANTS = {
   "gsm8k_validation": ("gsm8k", "validation", "math_task", "gsm8k"),
   "game24": ("game24", "test", "r1_game24", "game24"),
   "json": ("json", "test", "plain", "math"),  # your own JSON lines
-  "arithmetic": ("arithmetic", "test", "plain", "numbers"),  # the embedded task
+  "arithmetic": ("arithmetic", "test", "plain", "numbers"),  # an embedded task
+  "countdown": ("countdown", "test", "plain", "countdown"),  # the other
 }
 
 
@@ -38,7 +39,7 @@ def get_config(variant: str | None = None):
   config.top_p = 0.95
   config.contexts = (2048, 4096)
   config.compute.dtype = "bfloat16"
-  if name == "arithmetic":
+  if name in EMBEDDED:
     config.contexts = (96,)
     config.max_prompt_tokens = 40
     config.compute.dtype = "float32"

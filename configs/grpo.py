@@ -10,16 +10,15 @@ embedded task; the paper's experiments are in `experiments.py`.
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
+from configs.embedded import EMBEDDED, Embedded, apply_embedded
 from configs.experiments import EXPERIMENTS, OWN, PROMPTS, SAMPLES, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
-# Variant of the data, and the longest response.
-EMBEDDED = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
 VARIANTS = {**EMBEDDED, **EXPERIMENTS, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
+  """The config of a variant: an embedded task (default `arithmetic`), a paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0
@@ -27,32 +26,22 @@ def get_config(variant: str | None = None):
   config.advantage.kind = "normalized"
   config.loss.use_probability_mask = False
   if name in EMBEDDED:
-    embedded(config, *EMBEDDED[name])
+    embedded(config, EMBEDDED[name])
   else:
     paper(config, VARIANTS[name])
   return config
 
 
-def embedded(config, data: str, max_response_tokens: int) -> None:
-  """GRPO on the embedded task."""
+def embedded(config, task: Embedded) -> None:
+  """GRPO on an embedded task."""
+  apply_embedded(config, task)
   config.iterations = 240
-  config.data.name = "arithmetic"
-  config.data.variant = data
-  config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
 
   config.rollout.prompts = 64
   config.rollout.samples = 8
-  config.rollout.max_response_tokens = max_response_tokens
-  config.rollout.temperature = 1.0
-
-  config.loss.scaling = "none"
-  config.loss.epsilon_low = config.loss.epsilon_high = 0.2
-  config.loss.kl_coef = 1e-4
-
   config.packing.row_length = 416  # a prompt of 40 tokens and 8 responses of 46 fit a row
   config.optimizer.learning_rate = 8e-4  # the best of a sweep: benchmarks/RESULTS.md
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
-  config.optimizer.clip_norm = 1.0
 
 
 def paper(config, experiment: Experiment) -> None:

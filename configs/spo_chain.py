@@ -12,11 +12,10 @@ need, are in `experiments.py`.
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
+from configs.embedded import EMBEDDED, Embedded, apply_embedded
 from configs.experiments import EXPERIMENTS, OWN, PROMPTS, SAMPLES, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
-# Variant of the data, and the longest response.
-EMBEDDED = {"arithmetic": ("plain", 46), "filler": ("filler", 60)}
 # The paper's other intervals: cutpoints a segment.
 INTERVALS = {f"rho1b_gsm8k_int{k}": k for k in (2, 10, 100)}
 OTHER_INTERVALS = {name: EXPERIMENTS["rho1b_gsm8k"] for name in INTERVALS}
@@ -24,7 +23,7 @@ VARIANTS = {**EMBEDDED, **EXPERIMENTS, **OTHER_INTERVALS, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
+  """The config of a variant: an embedded task (default `arithmetic`), a paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0
@@ -34,36 +33,28 @@ def get_config(variant: str | None = None):
   config.probability_threshold = 0.9
   config.loss.use_probability_mask = True
   if name in EMBEDDED:
-    embedded(config, *EMBEDDED[name])
+    embedded(config, EMBEDDED[name])
   else:
     experiment = VARIANTS[name]
     paper(config, experiment, INTERVALS.get(name, experiment.chain_interval))
   return config
 
 
-def embedded(config, data: str, max_response_tokens: int) -> None:
-  """SPO-chain on the embedded task."""
+def embedded(config, task: Embedded) -> None:
+  """SPO-chain on an embedded task."""
+  apply_embedded(config, task)
   config.iterations = 240
-  config.data.name = "arithmetic"
-  config.data.variant = data
-  config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
 
   config.rollout.prompts = 48
   config.rollout.samples = 2
   config.rollout.probes = 4
   config.rollout.cuts_per_group = 2
-  config.rollout.max_response_tokens = max_response_tokens
-  config.rollout.temperature = 1.0
   config.rollout.slots = 96
 
   config.partition.interval = 2  # cutpoints a segment; responses here have 5 to 10
-  config.loss.scaling = "none"
-  config.loss.epsilon_low = config.loss.epsilon_high = 0.2
-  config.loss.kl_coef = 1e-4
 
   config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
-  config.optimizer.clip_norm = 1.0
 
 
 def paper(config, experiment: Experiment, interval: int) -> None:

@@ -13,14 +13,10 @@ a CPU: four to five minutes on two cores, warm start included, for a sampled tes
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.
 """
 
+from configs.embedded import EMBEDDED, Embedded, apply_embedded
 from configs.experiments import EXPERIMENTS, OWN, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
-# Data, segment lengths M of the levels but the last, and the longest response.
-EMBEDDED = {
-  "arithmetic": ("plain", (13, 13), 46),
-  "filler": ("filler", (16, 16), 60),
-}
 USUAL_BRANCHES = (6, 6, 6)
 # The paper's other trees.
 BRANCHES = {"rho1b_gsm8k_456": (4, 5, 6), "rho1b_gsm8k_888": (8, 8, 8)}
@@ -29,7 +25,7 @@ VARIANTS = {**EMBEDDED, **EXPERIMENTS, **OTHER_TREES, "own": OWN}
 
 
 def get_config(variant: str | None = None):
-  """The config of a variant: `arithmetic` (default), `filler`, one of the paper's, or `own`."""
+  """The config of a variant: an embedded task (default `arithmetic`), a paper's, or `own`."""
   config = default_config()
   name = parse_variant(variant, VARIANTS, "arithmetic")
   config.seed = 0
@@ -38,35 +34,25 @@ def get_config(variant: str | None = None):
   config.probability_threshold = 0.9
   config.loss.use_probability_mask = True
   if name in EMBEDDED:
-    embedded(config, *EMBEDDED[name])
+    embedded(config, EMBEDDED[name])
   else:
     paper(config, VARIANTS[name], BRANCHES.get(name, USUAL_BRANCHES))
   return config
 
 
-def embedded(config, data: str, segment_tokens: tuple[int, ...], max_response_tokens: int) -> None:
-  """SPO-tree on the embedded task."""
+def embedded(config, task: Embedded) -> None:
+  """SPO-tree on an embedded task."""
+  apply_embedded(config, task)
   config.iterations = 280
   config.minibatches = 3  # updates an iteration: several small ones learnt faster than a large one
-
-  config.data.name = "arithmetic"
-  config.data.variant = data
-  config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
   config.eval.every = 40
 
   config.rollout.prompts = 96
   config.rollout.branches = (2, 2, 2)
-  config.rollout.segment_tokens = segment_tokens
-  config.rollout.max_response_tokens = max_response_tokens
-  config.rollout.temperature = 1.0
-
-  config.loss.scaling = "none"
-  config.loss.epsilon_low = config.loss.epsilon_high = 0.2
-  config.loss.kl_coef = 1e-4
+  config.rollout.segment_tokens = task.tree_segments
 
   config.optimizer.learning_rate = 3e-4
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
-  config.optimizer.clip_norm = 1.0
 
 
 def paper(config, experiment: Experiment, branches: tuple[int, ...]) -> None:

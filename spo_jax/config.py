@@ -11,14 +11,15 @@ import ml_collections
 
 from spo_jax.errors import UserError
 
-EMBEDDED = "arithmetic"  # the data set that is generated, and has a tokenizer
+# The data sets that are generated, and have a tokenizer.
+EMBEDDED = ("arithmetic", "countdown")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where prompts and answers come from."""
 
-  name: str = EMBEDDED  # or "gsm8k", "math", "math500", "aime24", "game24", "json"
+  name: str = "arithmetic"  # or "countdown", "gsm8k", "math", "math500", "aime24", "game24", "json"
   variant: str = "plain"
   data_dir: str = ""  # folder that data sets are built in; "" is the workdir's own
   manual_dir: str = ""  # folder of JSON lines that a set is built from; see data/sets.py
@@ -113,36 +114,80 @@ class RolloutConfig:
 class PartitionConfig:
   """Where the segments of a chain begin."""
 
-  kind: str = "adaptive"  # "adaptive", "fixed", "token", "response" or "delimiter"
+  kind: str = "adaptive"  # "adaptive", "fixed", "equal", "token", "response" or "delimiter"
   interval: int = 5  # adaptive: cutpoints (tokens below the probability threshold) a segment
   length: int = 10  # fixed: tokens a segment
-  delimiter: str = ";"  # delimiter: the token that ends a segment
+  parts: int = 4  # equal: segments of a response
+  delimiter: str = ";"  # delimiter: a text; a token that has it ends a segment
 
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
   """From values to advantages of segments."""
 
-  kind: str = "difference"  # "difference", "normalized" or "leave_one_out"
-  eps: float = 1e-8  # added to the siblings' deviation
+  kind: str = "difference"  # or "normalized", "leave_one_out", "prover", "reward"
+  eps: float = 1e-8  # normalized: added to the siblings' deviation
+  best_of: int = 4  # prover: K, of its best-of-K policy
+  prover_weight: float = 5.0  # prover: of its advantage beside the policy's own
   tolerance: float = 1e-6  # a segment is trained if its advantage is larger in size
+  train_zero: bool = False  # segments without an advantage too: they enter means and the KL
+  train_probes: bool = False  # chain: probes too, they are rollouts with known rewards
+  pool_trajectory: bool = False  # chain: a cut's value counts the trajectory's own continuation
   unfinished_penalty: float = 0.0  # reward of a response cut off by the length limit
   grade_unfinished: bool = False  # such a response is graded like the others instead
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """The policy loss; see `training/step.py`."""
+  """The policy loss; see `training/objective.py`."""
 
+  kind: str = "ppo_clip"  # or "likelihood" (RestEM), "dpo_positive"
   use_probability_mask: bool = True
   scaling: str = "whiten"  # of advantages over the batch: "whiten", "rescale" or "none"
+  normalization: str = (
+    "token"  # mean over "token" or "sequence"; "constant": sum / longest response
+  )
+  segment_weights: str = "equal"  # or "share": of its prompt's rollouts that a segment stands for
   epsilon_low: float = 0.2
   epsilon_high: float = 0.2
   log_ratio_bound: float = 10.0
   ratio_threshold: float = 10.0  # a batch with a larger mean ratio is skipped
-  kl_coef: float = 1e-4
+  kl_coef: float = 1e-4  # 0 leaves the reference policy out
+  kl_in: str = "loss"  # or "reward", of a critic
   kl_estimator: str = "control_variate"
   kl_clip_max: float = 10.0
+  kl_control: str = "fixed"  # or "adaptive": kl_coef follows kl_target
+  kl_target: float = 0.01  # adaptive: KL a token
+  kl_horizon: int = 10_000  # adaptive: responses in which the coefficient may grow e^0.2-fold
+  forward_kl_coef: float = 0.0  # of KL(reference, policy) over the vocabulary
+  forward_kl_clip_max: float = 10.0
+  dpo_beta: float = 0.1
+  dpo_penalty: float = 50.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+  """PPO's critic; see `training/prepare.py`."""
+
+  trunk: str = (
+    "none"  # "none": no critic; "own": a second decoder; "shared": a head on the policy's
+  )
+  gamma: float = 1.0
+  lam: float = 1.0  # λ of GAE
+  target: str = "lambda_return"  # A + V; or "return", the discounted sum of rewards
+  whiten_rewards: bool = False
+  value_clip: float = 0.2  # bound on a value's change in an iteration
+  coef: float = 0.5  # shared: weight of the value loss
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+  """The reference's buffer of segments; see `training/replay.py`."""
+
+  max_age: int = (
+    0  # iterations in which a segment may be drawn; 0: no buffer, all are trained at once
+  )
+  segments_per_question: int = 32  # drawn an iteration at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +236,7 @@ class Config:
   iterations: int = 200
   minibatches: int = 1  # updates an epoch, each on its share of the packed rows
   epochs: int = 1  # times that an iteration's batch is trained on
+  restart: bool = False  # every iteration trains the first policy anew (RestEM)
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
   topology: str = ""  # TPUs that `spo_jax.plan` compiles for, unless told otherwise
   model: str = ""  # folder or hub id of a Hugging Face model; "" is a new one, of `new_model`
@@ -205,6 +251,9 @@ class Config:
   partition: PartitionConfig = PartitionConfig()
   advantage: AdvantageConfig = AdvantageConfig()
   loss: LossConfig = LossConfig()
+  critic: CriticConfig = CriticConfig()
+  critic_optimizer: OptimizerConfig = OptimizerConfig()
+  replay: ReplayConfig = ReplayConfig()
   packing: PackingConfig = PackingConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   eval: EvalConfig = EvalConfig()
@@ -227,6 +276,8 @@ class Config:
     """Tokens of the longest segments on a packed path, the prompt first."""
     rollout = self.rollout
     response = (rollout.max_response_tokens,) if rollout.strategy == "chain" else self.budgets
+    if self.advantage.train_probes:  # they lie between the segments, which may be of a token each
+      response = (1,) * rollout.max_response_tokens
     return (rollout.max_prompt_tokens, *response)
 
   @property

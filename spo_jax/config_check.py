@@ -37,6 +37,13 @@ _POSITIVE = (
   "rollout.slots",
   "partition.interval",
   "partition.length",
+  "partition.parts",
+  "advantage.best_of",
+  "loss.kl_target",
+  "loss.kl_horizon",
+  "loss.dpo_beta",
+  "critic.value_clip",
+  "replay.segments_per_question",
   "packing.rows",
   "packing.query_block",
   "packing.key_block",
@@ -54,12 +61,20 @@ _POSITIVE = (
 )
 _CHOICES = {
   "rollout.strategy": ("tree", "chain", "group"),
-  "partition.kind": ("adaptive", "fixed", "token", "response", "delimiter"),
-  "advantage.kind": ("difference", "normalized", "leave_one_out"),
+  "partition.kind": ("adaptive", "fixed", "equal", "token", "response", "delimiter"),
+  "advantage.kind": ("difference", "normalized", "leave_one_out", "prover", "reward"),
+  "loss.kind": ("ppo_clip", "likelihood", "dpo_positive"),
   "loss.scaling": ("whiten", "rescale", "none"),
+  "loss.normalization": ("token", "sequence", "constant"),
+  "loss.segment_weights": ("equal", "share"),
+  "loss.kl_in": ("loss", "reward"),
+  "loss.kl_control": ("fixed", "adaptive"),
+  "critic.trunk": ("none", "own", "shared"),
+  "critic.target": ("return", "lambda_return"),
   # "seq_control_variate" sums over a row, and a packed row holds many responses.
   "loss.kl_estimator": ("kl", "abs", "mse", "control_variate"),
   "optimizer.decay": ("cosine", "linear"),
+  "critic_optimizer.decay": ("cosine", "linear"),
   "warm_start_optimizer.decay": ("cosine", "linear"),
   "compute.dtype": ("float32", "bfloat16"),
   "compute.attention": BACKENDS,
@@ -146,7 +161,7 @@ def _check_training(config: Config) -> None:
   _check_positive(config, _POSITIVE)
   _check_choices(config, _CHOICES)
   _need(
-    config.data.name == EMBEDDED or config.model != "" or config.data.tokenizer != "",
+    config.data.name in EMBEDDED or config.model != "" or config.data.tokenizer != "",
     f"data set '{config.data.name}' needs config.model, a folder or hub id of a Hugging Face "
     "model, or config.data.tokenizer",
   )
@@ -155,6 +170,7 @@ def _check_training(config: Config) -> None:
   _check_optimizers(config)
   _check_rollout(config)
   _check_packing(config)
+  _check_method(config)
   advantage = config.advantage
   _need(
     not (advantage.grade_unfinished and advantage.unfinished_penalty),
@@ -231,7 +247,7 @@ def _check_new_model(config: Config) -> None:
 
 
 def _check_optimizers(config: Config) -> None:
-  for name in ("optimizer", "warm_start_optimizer"):
+  for name in ("optimizer", "critic_optimizer", "warm_start_optimizer"):
     steps = _field(config, name)
     _need(
       steps.decay_steps == 0 or steps.decay_steps > steps.warmup_steps,
@@ -269,6 +285,49 @@ def _check_packing(config: Config) -> None:
     packing.row_length >= path,
     f"config.packing.row_length {packing.row_length} must hold the longest prompt and response, "
     f"{path} tokens",
+  )
+
+
+def _check_method(config: Config) -> None:
+  """Whether rollout, advantage, loss and critic go together."""
+  rollout, advantage, loss, critic = config.rollout, config.advantage, config.loss, config.critic
+  has_critic = critic.trunk != "none"
+  group, chain = rollout.strategy == "group", rollout.strategy == "chain"
+  _need(
+    not has_critic or (group and advantage.kind == "reward" and advantage.train_zero),
+    "config.critic estimates advantages from rewards of whole responses: it needs "
+    "config.rollout.strategy 'group', config.advantage.kind 'reward' and train_zero",
+  )
+  for name in ("gamma", "lam"):
+    value = _field(critic, name)
+    _need(0 <= value <= 1, f"config.critic.{name} is {value}, it must be in [0, 1]")
+  _need(
+    loss.kl_in == "loss" or has_critic,
+    "config.loss.kl_in 'reward' needs a critic: set config.critic.trunk",
+  )
+  _need(
+    loss.kl_control == "fixed" or loss.kl_coef > 0,
+    "config.loss.kl_control 'adaptive' needs a config.loss.kl_coef above 0 to begin with",
+  )
+  _need(
+    chain or not (advantage.train_probes or advantage.pool_trajectory),
+    "config.advantage.train_probes and pool_trajectory are of config.rollout.strategy 'chain'",
+  )
+  _need(
+    loss.kind != "dpo_positive" or (group and config.packing.row_length >= config.longest_tree),
+    "config.loss.kind 'dpo_positive' compares responses of a group in one row: it needs "
+    "config.rollout.strategy 'group' and config.packing.row_length of at least "
+    f"{config.longest_tree}",
+  )
+  whole = has_critic or loss.kind == "dpo_positive" or loss.segment_weights == "share"
+  _need(
+    not (config.replay.max_age and (whole or loss.normalization == "sequence")),
+    "config.replay keeps segments without their siblings: it does not go with config.critic, "
+    "config.loss.kind 'dpo_positive', segment_weights 'share' or normalization 'sequence'",
+  )
+  _need(
+    config.replay.max_age >= 0,
+    f"config.replay.max_age is {config.replay.max_age}, it must be 0 (no buffer) or more",
   )
 
 

@@ -5,6 +5,7 @@ its shape alone. Tokens stay ids from here to the loss: text is made for graders
 only.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,3 +124,56 @@ class ForestBuilder:
       tokens=joined["tokens"],
       logprobs=joined["logprobs"],
     )
+
+
+def concatenate(forests: Sequence[Forest]) -> Forest:
+  """One forest of at least one: nodes in order, trees of each numbered after those before it."""
+  columns = {name: np.concatenate([getattr(f, name) for f in forests]) for name in Forest._fields}
+  before = lambda sizes: np.cumsum([0, *sizes[:-1]])
+  nodes = [len(f.parent) for f in forests]
+  shift = lambda by: np.repeat(by, nodes).astype(np.int32)
+  first_tree = before([int(f.tree.max(initial=-1)) + 1 for f in forests])
+  parent = columns["parent"]
+  lengths = np.concatenate([f.lengths for f in forests])
+  return Forest(**columns)._replace(
+    tree=columns["tree"] + shift(first_tree),
+    parent=np.where(parent < 0, -1, parent + shift(before(nodes))),
+    offsets=np.concatenate([[0], np.cumsum(lengths)]),
+  )
+
+
+def prune(forest: Forest, keep: np.ndarray) -> tuple[Forest, np.ndarray]:
+  """The kept nodes and their ancestors, in the order they had; trees are numbered anew from 0.
+
+  What has lost its children looks like a leaf: values are to be estimated before.
+
+  Args:
+    forest: N nodes.
+    keep: [N] bool.
+
+  Returns:
+    (forest of K nodes, [K] int64 which nodes of the old one they are).
+  """
+  kept = keep.copy()
+  nodes = np.flatnonzero(keep)
+  while len(nodes):
+    above = forest.parent[nodes]
+    above = np.unique(above[above >= 0])
+    nodes = above[~kept[above]]
+    kept[nodes] = True
+  index = np.flatnonzero(kept)
+  number = np.cumsum(kept, dtype=np.int32) - 1  # of a kept node in the new forest
+  parent = forest.parent[index]
+  lengths = forest.lengths
+  spans = np.repeat(kept, lengths)
+  pruned = Forest(
+    tree=np.unique(forest.tree[index], return_inverse=True)[1].astype(np.int32),
+    parent=np.where(parent < 0, -1, number[parent]),
+    depth=forest.depth[index],
+    finished=forest.finished[index],
+    probe=forest.probe[index],
+    offsets=np.concatenate([[0], np.cumsum(lengths[index])]),
+    tokens=forest.tokens[spans],
+    logprobs=forest.logprobs[spans],
+  )
+  return pruned, index

@@ -1,6 +1,7 @@
 """What a training run works with, made once from its config: task, mesh, model, samplers."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -143,13 +144,22 @@ def new_decoder(new: NewModelConfig, compute: ComputeConfig, vocab_size: int) ->
   return DecoderConfig(vocab_size=vocab_size, layer_kinds=kinds, **fields)
 
 
+@functools.cache
 def delimiter_ids(tokenizer, delimiter: str) -> tuple[int, ...]:
-  """Ids of the tokens that end a segment under the delimiter partition.
+  """Ids of the tokens with the delimiter in their text: each ends a segment of that partition.
+
+  With the delimiter "\\n" these are "\\n", "\\n\\n", ".\\n" and all such. A delimiter of several
+  characters is not seen where it is spread over tokens.
 
   Raises:
-    UserError: if the delimiter is not one token.
+    UserError: if there is no such token, or the delimiter is empty.
   """
-  ids = tokenizer(delimiter, add_special_tokens=False)["input_ids"]
-  if len(ids) != 1:
-    raise UserError(f"config.partition.delimiter {delimiter!r} is {len(ids)} tokens, not one")
-  return tuple(ids)
+  if not delimiter:
+    raise UserError("config.partition.delimiter is empty")
+  # Behind another token, as a decoder may drop the space that begins a text.
+  front = tokenizer(delimiter, add_special_tokens=False)["input_ids"][:1]
+  texts = tokenizer.batch_decode([front] + [[*front, i] for i in range(len(tokenizer))])
+  ids = tuple(i for i, text in enumerate(texts[1:]) if delimiter in text[len(texts[0]) :])
+  if not ids:
+    raise UserError(f"config.partition.delimiter {delimiter!r} is in no token of the tokenizer")
+  return ids

@@ -37,7 +37,7 @@ class Task:
   def split(self, name: str) -> Sequence[dict[str, Any]]:
     """Records of a split, without those whose prompts are too long; see `source.load_split`.
 
-    The embedded task's prompts fit, and a prompt that does not is a mistake.
+    The embedded tasks' prompts fit, and a prompt that does not is a mistake.
     """
     if name not in self._splits:
       self._splits[name] = self._load_split(name)
@@ -53,7 +53,7 @@ class Task:
       manual_dir=data.manual_dir,
       fields=Fields(data.question_field, data.answer_field),
     )
-    if data.name == EMBEDDED:
+    if data.name in EMBEDDED:
       return records
     limit = self.max_prompt_tokens
     kept = source.keep_short_prompts(records, self.tokenizer, self.template, limit)

@@ -5,30 +5,25 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spo_jax import rollouts
 from spo_jax.algorithms.partition import make_partition
-from spo_jax.config import Config
 from spo_jax.data import source
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
 from spo_jax.infra.checkpoints import Checkpoints, Counters
-from spo_jax.infra.mesh import shard_batch
 from spo_jax.infra.metrics import MetricWriter
 from spo_jax.infra.report import write_report
+from spo_jax.learner import Learner, TrainingSet
 from spo_jax.notices import Notices
 from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run, delimiter_ids
 from spo_jax.sampling import strategies
-from spo_jax.training import packing
 from spo_jax.training.estimate import Estimate, estimate
-from spo_jax.training.step import LossConfig, TrainState, init_state, prepare, train_step
+from spo_jax.training.pairs import match_pairs
+from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
-
-NO_TOKENS_WEIGHT = 1e-9  # of an optimiser step without tokens in the metrics' means
 
 
 def train(run: Run) -> Any:
@@ -45,17 +40,22 @@ def train(run: Run) -> Any:
     replacement=config.data.replacement,
   )
   held = run.task.held_out(config.eval.split, config.eval.prompts)
-  params = warm_start(run)
-  # A copy: training donates its parameters, the reference policy keeps its own.
-  ref_params = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
-  state = init_state(params, config.optimizer)
-  del params
+  learner = Learner(run, warm_start(run))
+  buffer = None
+  if config.replay.max_age:
+    buffer = ReplayBuffer(
+      max_age=config.replay.max_age,
+      segments_per_question=config.replay.segments_per_question,
+    )
   counters = Counters()
   notices = Notices(run.progress.note)
   checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
   with MetricWriter(run.workdir) as writer, contextlib.closing(checkpoints):
     if (latest := checkpoints.latest()) is not None:
-      state, record = checkpoints.restore(latest, state)
+      arrays, record = checkpoints.restore(latest, learner.arrays())
+      learner.load(arrays, record["learner"])
+      if buffer is not None:
+        buffer.restore(checkpoints.restore_host_arrays(latest))
       counters = Counters(**record["counters"])
       iterator.set_state(record["iterator"])
       writer.restore(record["metrics"])
@@ -64,23 +64,24 @@ def train(run: Run) -> Any:
       writer.clear()
     clock = Clock(counters.elapsed_s)
     if counters.iteration == 0:
-      log(run, writer, counters, clock, evaluate(run, state.params, held))
+      log(run, writer, counters, clock, evaluate(run, learner.params, held))
 
     while counters.iteration < config.iterations:
       counters.iteration += 1
       records = next(iterator)
-      forest, rewards, sampling_metrics = sample(run, state.params, records)
+      forest, rewards, sampling_metrics = sample(run, learner.params, records)
       estimated = estimate(
         forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
       )
-      state, update_metrics = update(run, state, ref_params, forest, estimated)
-
-      metrics = {**sampling_metrics, **update_metrics}
+      chosen, replay_metrics = choose(
+        run, counters.iteration, records, forest, rewards, estimated, buffer
+      )
+      metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
       counters.tokens_sampled += int(forest.lengths[forest.depth > 0].sum())
       counters.tokens_trained += int(metrics["train/tokens"])
       last = counters.iteration == config.iterations
       if last or counters.iteration % config.eval.every == 0:
-        metrics |= evaluate(run, state.params, held)
+        metrics |= evaluate(run, learner.params, held)
       if last or counters.iteration == 1 or counters.iteration % config.eval.every == 0:
         rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
       log(run, writer, counters, clock, metrics)
@@ -89,11 +90,13 @@ def train(run: Run) -> Any:
         record = {
           "counters": dataclasses.asdict(counters),
           "iterator": iterator.get_state(),
+          "learner": learner.record(),
           "metrics": writer.position(),
         }
-        checkpoints.save(counters.iteration, state, record)
+        waiting = None if buffer is None else buffer.state()
+        checkpoints.save(counters.iteration, learner.arrays(), record, waiting)
   run.progress.note(f"report: {write_report(run.workdir)}")
-  return state.params
+  return learner.params
 
 
 def sample(
@@ -128,6 +131,7 @@ def sample(
       "train/reward_mean": _tree_mean(forest, rewards, own),
       "train/finished": float(np.mean(forest.finished[own])),
       "train/response_tokens": float(np.mean(path_tokens)),
+      "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
       "train/grader_failures": int(failed.sum()),
       "time/rollout_s": sampled - began,
       "time/grade_s": time.perf_counter() - sampled,
@@ -165,78 +169,40 @@ def grow(run: Run, params: Any, prompts: strategies.Prompts) -> Forest:
       threshold=config.probability_threshold,
       interval=config.partition.interval,
       length=config.partition.length,
+      parts=config.partition.parts,
       delimiter_ids=delimiter_ids(run.task.tokenizer, config.partition.delimiter),
     ),
     cuts_per_group=rollout.cuts_per_group,
   )
 
 
-def update(
-  run: Run, state: TrainState, ref_params: Any, forest: Forest, estimated: Estimate
-) -> tuple[TrainState, dict[str, float]]:
-  """Packs the trained segments and takes the iteration's optimiser steps."""
-  config = run.config
-  began = time.perf_counter()
-  packed, counts = packing.pack(
-    forest, estimated.advantages, estimated.trained, pack_config(config)
-  )
-  used = counts["micro_batches"]
-  packed_at = time.perf_counter()
-  loss_cfg = loss_config(config)
-  batch = prepare(run.model, loss_cfg, ref_params, shard_batch(run.mesh, packed), jnp.int32(used))
-  edges = np.linspace(0, used, config.minibatches + 1).astype(np.int32)
-  spans = list(zip(edges[:-1], edges[1:], strict=True)) * config.epochs
-  steps = []
-  with run.progress.bar("update", total=len(spans)) as advance:
-    for start, stop in spans:
-      state, metrics = train_step(
-        run.model,
-        loss_cfg,
-        config.optimizer,
-        state,
-        batch,
-        jnp.int32(start),
-        jnp.int32(stop - start),
-      )
-      steps.append(metrics)
-      advance(1)
-    steps = jax.device_get(steps)
-  weights = np.maximum([step["tokens"] for step in steps], NO_TOKENS_WEIGHT)
-  mean = {
-    name: float(np.average([step[name] for step in steps], weights=weights)) for name in steps[0]
+def choose(
+  run: Run,
+  iteration: int,
+  records: list[dict[str, Any]],
+  forest: Forest,
+  rewards: np.ndarray,
+  estimated: Estimate,
+  buffer: ReplayBuffer | None,
+) -> tuple[TrainingSet, dict[str, float]]:
+  """What to train: the segments with a signal, those drawn from the buffer, or pairs of responses.
+
+  Returns:
+    (training set, metrics of the buffer).
+  """
+  if run.config.loss.kind == "dpo_positive":
+    pairs = match_pairs(forest, rewards)
+    in_pair = np.isin(np.arange(len(rewards)), pairs)
+    return TrainingSet(forest, estimated.advantages, in_pair, pairs), {}
+  if buffer is None:
+    return TrainingSet(forest, estimated.advantages, estimated.trained), {}
+  questions = np.asarray([int(record["index"]) for record in records], np.int64)
+  buffer.add(iteration, forest, questions, estimated.advantages, estimated.trained)
+  drawn = buffer.draw(iteration, np.random.default_rng((run.config.seed, iteration)))
+  return TrainingSet(*drawn), {
+    "replay/waiting": len(buffer),
+    "replay/expired": buffer.expired,
   }
-  trained = estimated.advantages[estimated.trained]
-  return state, {
-    **{f"train/{name}": value for name, value in mean.items() if name != "tokens"},
-    "train/tokens": float(sum(step["tokens"] for step in steps)),
-    "train/segments": counts["segments"],
-    "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
-    "train/advantage_abs": float(np.mean(np.abs(trained))) if len(trained) else 0.0,
-    "train/packed_tokens": counts["packed_tokens"],
-    "train/copies": counts["packed_tokens"] / max(1, counts["distinct_tokens"]),
-    "train/row_fill": counts["packed_tokens"] / max(1, counts["rows"] * config.packing.row_length),
-    "time/pack_s": packed_at - began,
-    "time/update_s": time.perf_counter() - packed_at,
-  }
-
-
-def pack_config(config: Config) -> packing.PackConfig:
-  """The shape of the packed batch, fixed for the whole run."""
-  rows = config.packing
-  shape = packing.PackConfig(rows.row_length, rows.rows, rows.query_block, rows.key_block)
-  return packing.with_room(
-    shape, config.longest_segments, config.longest_tree, config.rollout.prompts
-  )
-
-
-def loss_config(config: Config) -> LossConfig:
-  """The fields of the loss, from where the config keeps them."""
-  return LossConfig(
-    temperature=config.rollout.temperature,
-    probability_threshold=config.probability_threshold,
-    logprob_chunk=config.packing.logprob_chunk,
-    **dataclasses.asdict(config.loss),
-  )
 
 
 class Clock:

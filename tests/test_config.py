@@ -42,7 +42,10 @@ def test_every_variant_of_every_config_is_valid(module):
     elif variant == "own":
       assert config.data.name == "json"
     elif variant in module.EMBEDDED:
-      assert config.data.variant == variant.replace("arithmetic", "plain")
+      task = module.EMBEDDED[variant]
+      data = (config.data.name, config.data.variant, config.data.grader)
+      assert data == (task.data, task.variant, task.grader)
+      assert config.rollout.max_response_tokens == task.max_response_tokens
   with pytest.raises(UserError, match="unknown variant 'nope'.*arithmetic"):
     module.get_config("nope")
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from spo_jax.forest import ForestBuilder
+from spo_jax.forest import Forest, ForestBuilder, concatenate, prune
+from tests.training.forests import chain_forest, path_tokens, tree_forest
 
 
 @pytest.fixture
@@ -66,3 +67,84 @@ def test_prompts_alone_have_no_leaves():
 def test_a_segment_without_tokens_is_rejected(builder):
   with pytest.raises(ValueError, match="at least one token"):
     builder.add([0, 0], [1], [0.0], [1, 0], [False, False], probe=False)
+
+
+def equal(a: Forest, b: Forest) -> bool:
+  return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def nothing() -> Forest:
+  builder = ForestBuilder()
+  builder.add_roots(np.zeros((0, 0), int), np.zeros(0, int))
+  return builder.build()
+
+
+def test_forests_end_to_end(builder):
+  forest = builder.build()
+  other = ForestBuilder()
+  other.add_roots(np.array([[30]]), np.array([1]))
+  other.add([0, 1], [31, 32, 33], [-1, -2, -3], [2, 1], [False, True], probe=True)
+  both = concatenate([forest, other.build(), forest])
+  np.testing.assert_array_equal(both.tree, [0, 1, 0, 0, 0, 1, 2, 2, 2, 3, 4, 3, 3, 3, 4])
+  np.testing.assert_array_equal(both.parent, [-1, -1, 0, 2, 0, 1, -1, 6, 7, -1, -1, 9, 11, 9, 10])
+  np.testing.assert_array_equal(both.depth[6:9], [0, 1, 2])
+  np.testing.assert_array_equal(both.probe, [0] * 7 + [1, 1] + [0] * 6)
+  np.testing.assert_array_equal(both.finished, [0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0])
+  np.testing.assert_array_equal(both.node_tokens(7), [31, 32])
+  np.testing.assert_array_equal(both.response(12), [10, 11, 12])
+  np.testing.assert_array_equal(both.logprobs[11:15], [0, -1, -2, -3])
+  assert equal(concatenate([forest]), forest)
+  assert equal(concatenate([nothing(), forest, nothing()]), forest)
+  assert equal(concatenate([nothing(), nothing()]), nothing())
+
+
+def test_pruning_keeps_the_ancestors(builder):
+  forest = builder.build()
+  pruned, index = prune(forest, np.array([0, 0, 0, 1, 0, 0], bool))
+  np.testing.assert_array_equal(index, [0, 2, 3])
+  np.testing.assert_array_equal(pruned.parent, [-1, 0, 1])
+  np.testing.assert_array_equal(pruned.response(2), [10, 11, 12])
+  pruned, index = prune(forest, np.array([0, 0, 0, 0, 0, 1], bool))
+  np.testing.assert_array_equal(index, [1, 5])
+  np.testing.assert_array_equal(pruned.tree, [0, 0])
+  np.testing.assert_array_equal(pruned.offsets, [0, 3, 5])
+  np.testing.assert_array_equal(pruned.tokens, [7, 8, 9, 14, 15])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pruned_nodes_are_what_they_were(seed):
+  rng = np.random.default_rng(seed)
+  forest = concatenate(
+    [
+      chain_forest(rng, prompts=(3, 2), segments=5),
+      tree_forest(rng, (2, 3, 2), (3, 4, 2), prompts=(2, 1, 4), ragged=True),
+    ]
+  )
+  keep = rng.random(len(forest.parent)) < rng.choice([0.03, 0.2, 0.7])
+  before = keep.copy()
+  pruned, index = prune(forest, keep)
+  np.testing.assert_array_equal(keep, before)
+  needed = set()
+  for node in np.flatnonzero(keep):
+    while node >= 0:
+      needed.add(int(node))
+      node = forest.parent[node]
+  assert index.tolist() == sorted(needed)
+  for new, old in enumerate(index):
+    for name in ("tokens", "logprobs"):
+      a, b = getattr(pruned, name), getattr(forest, name)
+      np.testing.assert_array_equal(a[path_tokens(pruned, new)], b[path_tokens(forest, old)])
+    for name in ("depth", "finished", "probe"):
+      assert getattr(pruned, name)[new] == getattr(forest, name)[old]
+  trees = forest.tree[index]
+  np.testing.assert_array_equal(pruned.tree, np.searchsorted(np.unique(trees), trees))
+
+
+def test_pruning_all_or_nothing(builder):
+  forest = builder.build()
+  everything = np.ones(6, bool)
+  pruned, index = prune(forest, everything)
+  assert equal(pruned, forest) and index.tolist() == list(range(6))
+  pruned, index = prune(forest, ~everything)
+  assert equal(pruned, nothing()) and len(index) == 0
+  assert equal(prune(nothing(), np.zeros(0, bool))[0], nothing())

@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import tokenizers
+import transformers
 
 from spo_jax.config import ComputeConfig, Config, DataConfig
 from spo_jax.errors import UserError
 from spo_jax.models.export import export_model, llama_config
-from spo_jax.run import make_run
+from spo_jax.run import delimiter_ids, make_run
 from tests.byte_tokenizer import BOS, END_TURN, EOS, make_tokenizer
 from tests.tiny import VOCAB, tiny_config, tiny_params
 
@@ -82,3 +84,39 @@ def test_a_backend_that_the_device_lacks_is_refused(tmp_path):
   settings = dataclasses.replace(Config(), compute=ComputeConfig(attention="cudnn"))
   with pytest.raises(UserError, match="attention 'cudnn' needs an NVIDIA GPU, the device is a cpu"):
     make_run(settings, tmp_path, Notes())
+
+
+def test_tokens_that_hold_a_delimiter():
+  vocabulary = ["<unk>", ";", "a", "b;", ";c", "\n", "\n\n", ".\n", "a\nb", "ab", "; ;"]
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<unk>")
+  )
+  backend.decoder = tokenizers.decoders.Fuse()
+  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+  assert delimiter_ids(tokenizer, ";") == (1, 3, 4, 10)
+  assert delimiter_ids(tokenizer, "\n") == (5, 6, 7, 8)
+  assert delimiter_ids(tokenizer, "\n\n") == (6,)
+  with pytest.raises(UserError, match="delimiter '!' is in no token of the tokenizer"):
+    delimiter_ids(tokenizer, "!")
+  with pytest.raises(UserError, match="delimiter is empty"):
+    delimiter_ids(tokenizer, "")
+
+
+def test_a_delimiter_that_a_decoder_drops_at_the_beginning():
+  """SentencePiece writes a space before every text, and its decoder takes one away."""
+  pieces = ["<unk>", "\u2581", "\u2581the", "a", "<0x0A>"]
+  model = tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True)
+  backend = tokenizers.Tokenizer(model)
+  backend.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+  backend.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.Replace("\u2581", " "),
+      tokenizers.decoders.ByteFallback(),
+      tokenizers.decoders.Fuse(),
+      tokenizers.decoders.Strip(" ", 1, 0),
+    ]
+  )
+  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+  assert tokenizer.decode([2]) == "the"
+  assert delimiter_ids(tokenizer, " ") == (1, 2)
+  assert delimiter_ids(tokenizer, "\n") == (4,)

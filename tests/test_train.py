@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import grpo, spo_chain, spo_tree
+from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
 from spo_jax.command_line import claim_workdir
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
@@ -79,12 +79,54 @@ def test_tree_writes_what_the_contract_promises(tree_run):
   assert "".join(first["nodes"][0]["tokens"]).split() == first["prompt"].split()
 
 
-@pytest.mark.parametrize("module", [spo_chain, grpo], ids=["chain", "group"])
-def test_other_methods_run(module, tmp_path):
-  overrides = {"rollout__slots": 16, "rollout__samples": 2, "iterations": 2}
-  lines = run_once(tiny_config(module, **overrides), tmp_path)
+POOLED = {
+  "advantage__train_probes": True,
+  "advantage__pool_trajectory": True,
+  "loss__segment_weights": "share",
+  "loss__normalization": "sequence",
+}
+DIGITS = (
+  "tests.rewards.hostile:has_digit"  # a grader that the random policy meets often, not always
+)
+SHARED = {
+  "critic__trunk": "shared",
+  "loss__kl_in": "reward",
+  "loss__kl_control": "adaptive",
+  "loss__forward_kl_coef": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+  ("module", "overrides"),
+  [
+    pytest.param(spo_chain, {}, id="chain"),
+    pytest.param(spo_chain, POOLED, id="chain-pooled"),
+    pytest.param(vineppo, {}, id="vineppo"),
+    pytest.param(grpo, {}, id="group"),
+    pytest.param(rloo, {}, id="rloo"),
+    pytest.param(dr_grpo, {}, id="dr_grpo"),
+    pytest.param(ppo, {}, id="ppo"),
+    pytest.param(ppo, SHARED, id="ppo-shared"),
+    pytest.param(restem, {"minibatches": 2, "epochs": 2}, id="restem"),
+    pytest.param(dpo_positive, {"minibatches": 2, "epochs": 2}, id="dpo_positive"),
+  ],
+)
+def test_every_method_runs(module, overrides, tmp_path):
+  small = {
+    "rollout__slots": 16,
+    "rollout__samples": 4,
+    "rollout__max_response_tokens": 16,
+    "iterations": 2,
+    "data__grader": DIGITS,
+    "advantage__grade_unfinished": True,
+    "new_model__layers": 1,
+    "warm_start__max_steps": 0,
+  }
+  lines = run_once(tiny_config(module, **small | overrides), tmp_path)
   assert lines[-1].keys() >= CONTRACT
   assert lines[-1]["tokens/sampled"] > 0
+  assert lines[-1]["train/skipped"] < 0.5 and lines[-1]["train/segments"] > 0
+  assert ("train/explained_variance" in lines[-1]) == (module is ppo)
 
 
 def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):

@@ -11,8 +11,8 @@ from spo_jax.models.rope import Rope
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import Prompts
 from spo_jax.sampling.token import SamplingConfig
+from spo_jax.training.objective import LossConfig
 from spo_jax.training.optimizer import OptimizerConfig
-from spo_jax.training.step import LossConfig
 
 EOS = 1
 PAD = 0
@@ -41,18 +41,27 @@ def tiny_config(**overrides) -> DecoderConfig:
 def loss_config(**overrides) -> LossConfig:
   """SPO's loss, with weights that make each of its terms matter."""
   fields = {
+    "kind": "ppo_clip",
     "temperature": 1.0,
     "use_probability_mask": True,
     "probability_threshold": 0.03,
     "scaling": "whiten",
+    "normalization": "token",
+    "response_tokens": 7,
     "epsilon_low": 0.2,
     "epsilon_high": 0.2,
     "log_ratio_bound": 20.0,
     "ratio_threshold": 10.0,
     "kl_coef": 0.5,
+    "kl_in": "loss",
     "kl_estimator": "control_variate",
     "kl_clip_max": 10.0,
+    "forward_kl_coef": 0.0,
+    "forward_kl_clip_max": 10.0,
+    "dpo_beta": 0.1,
+    "dpo_penalty": 5.0,
     "logprob_chunk": 12,
+    "critic": None,
   }
   return LossConfig(**(fields | overrides))
 

@@ -1,7 +1,7 @@
 """From node values to the advantage of the segment that ends in a node.
 
 All functions take `ForestValues` and the `parent` array that it was made from. A root has no
-segment, and a segment with an unknown value at either end tells nothing: both get 0.
+segment, and a segment tells nothing unless both of its ends have a value: these get 0.
 """
 
 import functools
@@ -17,6 +17,15 @@ from spo_jax.algorithms.values import ForestValues
 ROUNDING_UNITS = 16
 
 
+def _gain(forest: ForestValues, parent: jax.Array, quantity: jax.Array) -> jax.Array:
+  """What a quantity of the states, [N], gains along each node's segment; 0 without a value."""
+  chex.assert_rank(parent, 1)
+  chex.assert_equal_shape([parent, quantity, *forest])
+  valued = forest.known | forest.filled
+  edge = (parent >= 0) & valued & valued[parent]
+  return jnp.where(edge, quantity - quantity[parent], 0)
+
+
 def difference(forest: ForestValues, parent: jax.Array) -> jax.Array:
   """A(n) = V(n) - V(parent(n)), the paper's segment advantage.
 
@@ -30,10 +39,7 @@ def difference(forest: ForestValues, parent: jax.Array) -> jax.Array:
   Returns:
     [N] float.
   """
-  chex.assert_rank(parent, 1)
-  chex.assert_equal_shape([parent, *forest])
-  edge = (parent >= 0) & forest.known & forest.known[parent]
-  return jnp.where(edge, forest.values - forest.values[parent], 0)
+  return _gain(forest, parent, forest.values)
 
 
 def normalized(forest: ForestValues, parent: jax.Array, *, eps: float) -> jax.Array:
@@ -79,21 +85,86 @@ def leave_one_out(forest: ForestValues, parent: jax.Array, counted: jax.Array) -
   return jnp.where(alone, forest.values, difference(forest, parent) * scale)
 
 
+def prover(forest: ForestValues, parent: jax.Array, *, best_of: int) -> jax.Array:
+  """B(V(n)) - B(V(q)), q = parent(n), B(v) = 1 - (1 - v)ᴷ: the advantage under another policy.
+
+  That policy, the prover, samples K responses and keeps a right one if there is one: with rewards 0
+  and 1 it succeeds with probability B(v) where the trained policy does with v. A step that makes a
+  hard problem easier counts for more with it than one that secures an easy problem.
+  See "Rewarding Progress" by Setlur et al., https://arxiv.org/abs/2410.08146.
+
+  Args:
+    forest: values of the nodes, [N] each, in [0, 1]; B increases up to 1 only.
+    parent: [N] int32, -1 for roots and padding.
+    best_of: K >= 1; 1 is `difference`, 4 the reference's.
+
+  Returns:
+    [N] float.
+
+  Raises:
+    ValueError: If best_of is not positive.
+  """
+  if best_of < 1:
+    raise ValueError(f"best_of must be positive, got {best_of}")
+  return _gain(forest, parent, 1 - (1 - forest.values) ** best_of)
+
+
+def progress(
+  forest: ForestValues, parent: jax.Array, *, best_of: int, prover_weight: float
+) -> jax.Array:
+  """A(n) = V(n) - V(q) + α (B(V(n)) - B(V(q))): the policy's advantage plus α times the prover's.
+
+  The paper's effective reward is Q + α A_prover, with V(n) for Q; so the reference's option
+  `use_pav`, V(n) + 5 (B(V(n)) - B(V(q))). Here V(q) is subtracted as a baseline, as in
+  `difference`, so that siblings of equal value get 0.
+
+  Args:
+    forest: values of the nodes, [N] each.
+    parent: [N] int32, -1 for roots and padding.
+    best_of: K, see `prover`.
+    prover_weight: α.
+
+  Returns:
+    [N] float.
+  """
+  return difference(forest, parent) + prover_weight * prover(forest, parent, best_of=best_of)
+
+
+def reward(forest: ForestValues, parent: jax.Array) -> jax.Array:
+  """A(n) = V(n) where it is known, no baseline: REINFORCE. For a leaf it is the response's reward.
+
+  Args:
+    forest: values of the nodes, [N] each.
+    parent: [N] int32, -1 for roots and padding.
+
+  Returns:
+    [N] float.
+  """
+  chex.assert_equal_shape([parent, *forest])
+  return jnp.where((parent >= 0) & forest.known, forest.values, 0)
+
+
 ADVANTAGES: dict[str, Callable[..., jax.Array]] = {
-  "difference": lambda forest, parent, counted, *, eps: difference(forest, parent),
-  "normalized": lambda forest, parent, counted, *, eps: normalized(forest, parent, eps=eps),
-  "leave_one_out": lambda forest, parent, counted, *, eps: leave_one_out(forest, parent, counted),
+  "difference": lambda forest, parent, counted, **_: difference(forest, parent),
+  "normalized": lambda forest, parent, counted, *, eps, **_: normalized(forest, parent, eps=eps),
+  "leave_one_out": lambda forest, parent, counted, **_: leave_one_out(forest, parent, counted),
+  "prover": lambda forest, parent, counted, *, best_of, prover_weight, **_: progress(
+    forest, parent, best_of=best_of, prover_weight=prover_weight
+  ),
+  "reward": lambda forest, parent, counted, **_: reward(forest, parent),
 }
 
 
 def make_advantage(
-  kind: str, *, eps: float
+  kind: str, *, eps: float, best_of: int = 4, prover_weight: float = 5.0
 ) -> Callable[[ForestValues, jax.Array, jax.Array], jax.Array]:
   """Looks an advantage up by name and binds its hyper-parameters.
 
   Args:
     kind: a key of `ADVANTAGES`.
     eps: for "normalized".
+    best_of: K, for "prover"; the reference's.
+    prover_weight: α, for "prover"; the reference's.
 
   Returns:
     A function (forest, parent, counted) -> [N] advantages.
@@ -103,7 +174,7 @@ def make_advantage(
   """
   if kind not in ADVANTAGES:
     raise ValueError(f"unknown advantage {kind!r}, one of {sorted(ADVANTAGES)}")
-  return functools.partial(ADVANTAGES[kind], eps=eps)
+  return functools.partial(ADVANTAGES[kind], eps=eps, best_of=best_of, prover_weight=prover_weight)
 
 
 def nonzero(advantages: jax.Array, *, tolerance: float) -> jax.Array:

@@ -71,3 +71,41 @@ KL_ESTIMATORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "seq_control_variate": seq_control_variate,
   "full": full,
 }
+
+
+def token_kl(
+  logprobs: jax.Array,
+  ref_logprobs: jax.Array,
+  mask: jax.Array,
+  *,
+  estimator: str,
+  clip_min: float | jax.Array,
+  clip_max: float | jax.Array,
+) -> jax.Array:
+  """clip(kₜ, clip_min, clip_max) in the mask and 0 outside it, k an estimator.
+
+  Whatever stands outside the mask (-1e9, NaN) reaches neither a value nor a gradient.
+
+  Args:
+    logprobs: [B, T] float, log-probabilities under the policy.
+    ref_logprobs: [B, T] float, under the reference policy.
+    mask: [B, T] bool; one response a row for "seq_control_variate".
+    estimator: a key of `KL_ESTIMATORS` other than "full".
+    clip_min: lower bound; 0 makes the estimator "kl" one-sided.
+    clip_max: upper bound.
+
+  Returns:
+    [B, T] float.
+
+  Raises:
+    ValueError: If estimator is unknown.
+  """
+  chex.assert_rank(logprobs, 2)
+  chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+  chex.assert_type([logprobs, ref_logprobs, mask], [float, float, bool])
+  per_token = sorted(KL_ESTIMATORS.keys() - {"full"})
+  if estimator not in per_token:
+    raise ValueError(f"unknown KL estimator {estimator!r}, one of {per_token}")
+  keep = lambda x: jnp.where(mask, x, 0)
+  divergence = KL_ESTIMATORS[estimator](keep(logprobs), keep(ref_logprobs))
+  return keep(clip(divergence, clip_min, clip_max))

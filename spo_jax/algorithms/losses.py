@@ -5,6 +5,7 @@ averages the means of micro-batches. Whatever stands outside the mask (-1e9, NaN
 a sum nor reaches a gradient.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -35,11 +36,12 @@ def ppo_clip(
   epsilon_low: float,
   epsilon_high: float,
   log_ratio_bound: float,
+  weights: jax.Array | None = None,
 ) -> PPOSums:
   """PPO's clipped surrogate (https://arxiv.org/abs/1707.06347, eq. 7).
 
     rₜ = exp(clip(log πₜ - log π_oldₜ, ±log_ratio_bound))
-    loss = Σₜ max(-Aₜ rₜ, -Aₜ clip(rₜ, 1 - ε_low, 1 + ε_high))
+    loss = Σₜ wₜ max(-Aₜ rₜ, -Aₜ clip(rₜ, 1 - ε_low, 1 + ε_high))
 
   With the probability mask in loss_mask this is SPO's loss; with every response token in it,
   GRPO's and PPO's. An empty mask gives loss 0 and gradient 0; the reference gives NaN.
@@ -52,6 +54,7 @@ def ppo_clip(
     epsilon_low: ε_low, 0.2 in the paper.
     epsilon_high: ε_high, 0.2 in the paper.
     log_ratio_bound: beyond it the ratio is constant; 10 in the reference.
+    weights: [B, T] float, wₜ; None: all are 1. Only the loss is weighted.
 
   Returns:
     `PPOSums`.
@@ -66,7 +69,10 @@ def ppo_clip(
   ratios = jnp.exp(kl.clip(log_ratios, -log_ratio_bound, log_ratio_bound))
   unclipped = -keep(advantages) * ratios
   clipped = -keep(advantages) * kl.clip(ratios, 1 - epsilon_low, 1 + epsilon_high)
-  loss, count = masking.masked_sum_count(jnp.maximum(unclipped, clipped), loss_mask)
+  surrogate = jnp.maximum(unclipped, clipped)
+  if weights is not None:
+    surrogate = surrogate * keep(weights)
+  loss, count = masking.masked_sum_count(surrogate, loss_mask)
   return PPOSums(
     loss=loss,
     count=count,
@@ -95,9 +101,9 @@ def kl_loss(
     logprobs: [B, T] float, log-probabilities under the trained policy.
     ref_logprobs: [B, T] float, under the reference policy.
     loss_mask: [B, T] bool.
-    estimator: a key of `kl.KL_ESTIMATORS` other than "full".
-    clip_min: lower bound; 0 makes the estimator "kl" one-sided.
-    clip_max: upper bound.
+    estimator: as in `kl.token_kl`.
+    clip_min: likewise.
+    clip_max: likewise.
 
   Returns:
     float32 scalar.
@@ -105,16 +111,10 @@ def kl_loss(
   Raises:
     ValueError: If estimator is unknown.
   """
-  chex.assert_rank(logprobs, 2)
-  chex.assert_equal_shape([logprobs, ref_logprobs, loss_mask])
-  chex.assert_type([logprobs, ref_logprobs, loss_mask], [float, float, bool])
-  per_token = sorted(kl.KL_ESTIMATORS.keys() - {"full"})
-  if estimator not in per_token:
-    raise ValueError(f"unknown KL estimator {estimator!r}, one of {per_token}")
-  keep = lambda x: jnp.where(loss_mask, x, 0)
-  divergence = kl.KL_ESTIMATORS[estimator](keep(logprobs), keep(ref_logprobs))
-  total, _ = masking.masked_sum_count(kl.clip(divergence, clip_min, clip_max), loss_mask)
-  return total
+  divergence = kl.token_kl(
+    logprobs, ref_logprobs, loss_mask, estimator=estimator, clip_min=clip_min, clip_max=clip_max
+  )
+  return jnp.sum(divergence, dtype=jnp.float32)
 
 
 def nll(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,6 +128,31 @@ def nll(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array
     (sum, count), float32 scalars.
   """
   return masking.masked_sum_count(-logprobs, loss_mask)
+
+
+def weighted_nll(
+  logprobs: jax.Array,
+  advantages: jax.Array,
+  loss_mask: jax.Array,
+  *,
+  weights: jax.Array | None = None,
+) -> jax.Array:
+  """-Σₜ wₜ Aₜ log πₜ over the mask: with rewards for advantages what RestEM maximises
+  (https://arxiv.org/abs/2312.06585, eq. 4), with others REINFORCE.
+
+  Args:
+    logprobs: [B, T] float.
+    advantages: [B, T] float.
+    loss_mask: [B, T] bool.
+    weights: [B, T] float, wₜ; None: all are 1.
+
+  Returns:
+    float32 scalar.
+  """
+  keep = lambda x: jnp.where(loss_mask, x, 0)
+  weighted = keep(advantages) if weights is None else keep(advantages) * keep(weights)
+  total, _ = nll(keep(logprobs) * weighted, loss_mask)
+  return total
 
 
 def token_logprobs(
@@ -164,19 +189,93 @@ def token_logprobs(
 
   def chunk_logprobs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     states, labels = inputs  # [B, C, D], [B, C]
-    logits = jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
-    logits = soft_cap(logits, logit_cap) / temperature
+    logits = _logits(states, unembed, temperature, logit_cap)
     taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return taken - jax.nn.logsumexp(logits, axis=-1)
 
+  return _map_chunks(chunk_logprobs, (hidden, targets), chunk)
+
+
+def forward_kl(
+  hidden: jax.Array,
+  unembed: jax.Array,
+  ref_hidden: jax.Array,
+  ref_unembed: jax.Array,
+  loss_mask: jax.Array,
+  *,
+  chunk: int,
+  temperature: float | jax.Array,
+  logit_cap: float | None = None,
+  clip_min: float | jax.Array,
+  clip_max: float | jax.Array,
+) -> jax.Array:
+  """Σₜ clip(KL(reference, policy)ₜ, clip_min, clip_max) over the mask, of whole distributions.
+
+    KLₜ = Σᵥ π_refₜ(v) (log π_refₜ(v) - log πₜ(v))
+
+  It spreads the policy over all that the reference holds likely, where `kl_loss` keeps it from what
+  the reference holds unlikely. Chunks of tokens as in `token_logprobs`, with the logits of both
+  policies: the peak is twice as large. The reference gets no gradient.
+
+  Args:
+    hidden: [B, T, D] float, of the trained policy.
+    unembed: [D, V] float.
+    ref_hidden: [B, T, E] float, of the reference policy.
+    ref_unembed: [E, V] float.
+    loss_mask: [B, T] bool.
+    chunk: as in `token_logprobs`.
+    temperature: likewise, of both policies.
+    logit_cap: likewise.
+    clip_min: lower bound of a token's KL.
+    clip_max: upper bound.
+
+  Returns:
+    float32 scalar.
+  """
+  chex.assert_rank([hidden, unembed, ref_hidden, ref_unembed, loss_mask], [3, 2, 3, 2, 2])
+  chex.assert_equal_shape_prefix([hidden, ref_hidden, loss_mask], 2)
+  chex.assert_equal(unembed.shape[1], ref_unembed.shape[1])
+  chex.assert_type(loss_mask, bool)
+  keep = lambda x: jnp.where(loss_mask[..., None], x, 0)
+  ref_unembed = jax.lax.stop_gradient(ref_unembed)
+
+  def chunk_divergence(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    states, ref_states = inputs  # [B, C, D], [B, C, E]
+    logprobs = jax.nn.log_softmax(_logits(states, unembed, temperature, logit_cap))
+    ref_logprobs = jax.nn.log_softmax(_logits(ref_states, ref_unembed, temperature, logit_cap))
+    return kl.full(ref_logprobs, logprobs)
+
+  states = keep(hidden), keep(jax.lax.stop_gradient(ref_hidden))
+  divergence = kl.clip(_map_chunks(chunk_divergence, states, chunk), clip_min, clip_max)
+  total, _ = masking.masked_sum_count(divergence, loss_mask)
+  return total
+
+
+def _logits(
+  states: jax.Array,
+  unembed: jax.Array,
+  temperature: float | jax.Array,
+  logit_cap: float | None,
+) -> jax.Array:
+  """[B, C, D], [D, V] -> [B, C, V] float32."""
+  logits = jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
+  return soft_cap(logits, logit_cap) / temperature
+
+
+def _map_chunks(
+  fn: Callable[[tuple[jax.Array, ...]], jax.Array], inputs: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+  """fn of arrays [B, C, ...] -> [B, C], over the chunks of arrays [B, T, ...] -> [B, T]."""
+  rows, length = inputs[0].shape[:2]
+  num_chunks = -(-length // chunk)
+  size = -(-length // num_chunks)
+
   def split(x: jax.Array) -> jax.Array:
-    rows, length, *rest = x.shape
-    num_chunks = -(-length // chunk)
-    size = -(-length // num_chunks)
+    rest = x.shape[2:]
     padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * len(rest)
     return jnp.pad(x, padding).reshape(rows, num_chunks, size, *rest).swapaxes(0, 1)
 
   # A scan cannot be merged with its own recomputation, so the barrier against it is not needed.
-  remat = jax.checkpoint(chunk_logprobs, prevent_cse=False)
-  logprobs = jax.lax.map(remat, (split(hidden), split(targets)))
-  return logprobs.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
+  remat = jax.checkpoint(fn, prevent_cse=False)
+  mapped = jax.lax.map(remat, tuple(split(x) for x in inputs))
+  return mapped.swapaxes(0, 1).reshape(rows, -1)[:, :length]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spo_jax.algorithms import masking
 
@@ -69,6 +70,33 @@ def fixed_length(mask: jax.Array, *, length: int) -> jax.Array:
   return mask & (_rank(mask) % length == 0)
 
 
+def equal_parts(mask: jax.Array, *, parts: int) -> jax.Array:
+  """Naive partition: n consecutive parts of R // n tokens, the first R mod n with one more.
+
+  The reference's ablation with "3 cut points" is n = 4. It never values the state before the first
+  token and so leaves the first part untrained; here that state is a start like the others. A
+  response of R < n tokens has R parts of one token each, without the reference's repeated cuts.
+
+  Args:
+    mask: [B, T] bool, the response tokens.
+    parts: n >= 1.
+
+  Returns:
+    starts, [B, T] bool.
+
+  Raises:
+    ValueError: If parts is not positive.
+  """
+  if parts < 1:
+    raise ValueError(f"parts must be positive, got {parts}")
+  rank = _rank(mask)
+  length = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32)
+  size, longer = length // parts, length % parts
+  in_longer = rank < longer * (size + 1)
+  begins = jnp.where(in_longer, rank % (size + 1) == 0, (rank - longer) % jnp.maximum(size, 1) == 0)
+  return mask & begins
+
+
 def token_level(mask: jax.Array) -> jax.Array:
   """Every response token is a segment: [B, T] bool -> starts, [B, T] bool."""
   return fixed_length(mask, length=1)
@@ -80,19 +108,26 @@ def whole_response(mask: jax.Array) -> jax.Array:
 
 
 def delimiters(tokens: jax.Array, mask: jax.Array, *, delimiter_ids: tuple[int, ...]) -> jax.Array:
-  """A segment begins at response token 0 and after every delimiter, such as a line break.
+  """A segment begins at response token 0 and after every token that holds a delimiter.
+
+  So a token belongs to the step that its first character is in, as in VinePPO
+  (https://arxiv.org/abs/2410.01679), and a step that begins and ends inside one token is none. An
+  end-of-sequence token right behind a delimiter is a segment; VinePPO adds it to the step before.
 
   Args:
-    tokens: [B, T] int32.
+    tokens: [B, T] int32, not negative.
     mask: [B, T] bool, the response tokens.
-    delimiter_ids: tokens that end a segment.
+    delimiter_ids: tokens with the delimiter in their text; see `run.delimiter_ids`.
 
   Returns:
     starts, [B, T] bool.
   """
   chex.assert_equal_shape([tokens, mask])
   chex.assert_type(tokens, int)
-  ends = jnp.isin(tokens, jnp.array(delimiter_ids, tokens.dtype))
+  # A table, since a vocabulary may hold thousands of tokens with a line break.
+  table = np.zeros(max(delimiter_ids, default=0) + 1, bool)
+  table[list(delimiter_ids)] = True
+  ends = jnp.asarray(table).at[tokens].get(mode="fill", fill_value=False)
   after = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
   return whole_response(mask) | (mask & after)
 
@@ -116,6 +151,7 @@ PARTITIONS: dict[str, Callable[..., jax.Array]] = {
     logprobs, mask, threshold=threshold, interval=interval
   ),
   "fixed": lambda tokens, logprobs, mask, *, length, **_: fixed_length(mask, length=length),
+  "equal": lambda tokens, logprobs, mask, *, parts, **_: equal_parts(mask, parts=parts),
   "token": lambda tokens, logprobs, mask, **_: token_level(mask),
   "response": lambda tokens, logprobs, mask, **_: whole_response(mask),
   "delimiter": lambda tokens, logprobs, mask, *, delimiter_ids, **_: delimiters(
@@ -131,6 +167,7 @@ def make_partition(
   interval: int,
   length: int,
   delimiter_ids: tuple[int, ...],
+  parts: int = 4,
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
   """Looks a partition up by name and binds its hyper-parameters.
 
@@ -140,6 +177,7 @@ def make_partition(
     interval: for "adaptive", see `cutpoints`.
     length: for "fixed", see `fixed_length`.
     delimiter_ids: for "delimiter", see `delimiters`.
+    parts: for "equal", see `equal_parts`; the reference's.
 
   Returns:
     A function (tokens, logprobs, mask) -> starts, all [B, T].
@@ -155,4 +193,5 @@ def make_partition(
     interval=interval,
     length=length,
     delimiter_ids=delimiter_ids,
+    parts=parts,
   )

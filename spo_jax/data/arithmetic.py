@@ -7,11 +7,14 @@ without a bearing on the answer stand before every equation but the first:
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from spo_jax.data import generated
+from spo_jax.data.builder import TextBuilder
+from spo_jax.data.generated import SPLIT_SIZES, Example
 
 NAMES = (
   "ann bob cleo dan eve finn gina hugo iris jack kate leo "
@@ -44,11 +47,8 @@ FILLER_WORDS = "so well hmm okay right next also thus yes just wait let me see a
 
 EQUATIONS = 5
 SEED = 20250523
-SPLIT_SIZES = {"train": 20000, "validation": 512, "test": 512}
 
-# A question belongs to the split of its hash bucket, all other buckets being train's.
-_BUCKETS = 40
-_HELD_OUT = {0: "validation", 1: "test"}
+_BUCKETS = 40  # One of them is validation's, one is test's, the others are train's.
 _MAX_FILLER_WORDS = 10
 _DRAWS = 96  # Random numbers set aside for one example; the longest takes about 85.
 
@@ -86,19 +86,10 @@ class Difficulty:
       raise ValueError(f"double_steps {self.double_steps} does not fit {EQUATIONS} equations")
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """A problem: its question, a worked solution that ends in `#answer`, and the answer."""
-
-  question: str
-  solution: str
-  answer: str
-
-
 def make_example(
   rng: np.random.Generator, *, filler: bool, difficulty: Difficulty = Difficulty()
 ) -> Example:
-  """Draws one problem.
+  """Draws one problem, with a worked solution that ends in `#answer`.
 
   Args:
     rng: Source of randomness; every call advances it by the same amount.
@@ -152,23 +143,12 @@ def make_splits(
   Raises:
     ValueError: If a split's name is unknown.
   """
-  unknown = set(sizes) - set(SPLIT_SIZES)
-  if unknown:
-    raise ValueError(f"unknown splits {sorted(unknown)}, known are {sorted(SPLIT_SIZES)}")
-  rng = np.random.Generator(np.random.PCG64(seed))
-  splits = {name: [] for name in sizes}
-  missing = {name for name, size in sizes.items() if size > 0}
-  seen = set()
-  while missing:
-    example = make_example(rng, filler=filler, difficulty=difficulty)
-    split = split_of(example.question)
-    if split not in missing or example.question in seen:
-      continue
-    seen.add(example.question)
-    splits[split].append(example)
-    if len(splits[split]) == sizes[split]:
-      missing.remove(split)
-  return splits
+  return generated.make_splits(
+    lambda rng: make_example(rng, filler=filler, difficulty=difficulty),
+    lambda example: split_of(example.question),
+    sizes,
+    seed,
+  )
 
 
 def make_examples(split: str, count: int, *, filler: bool) -> list[Example]:
@@ -178,8 +158,7 @@ def make_examples(split: str, count: int, *, filler: bool) -> list[Example]:
 
 def split_of(question: str) -> str:
   """The split that a question belongs to; a function of its text alone."""
-  digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
-  return _HELD_OUT.get(int.from_bytes(digest, "little") % _BUCKETS, "train")
+  return generated.split_of(question, _BUCKETS)
 
 
 def task_words() -> list[str]:
@@ -243,38 +222,16 @@ class ArithmeticConfig(tfds.core.BuilderConfig):
   filler: bool = False
 
 
-class Arithmetic(tfds.core.GeneratorBasedBuilder):
-  """Splits of the embedded task as array_record files.
-
-  Features of a record: `id` (int64, its position in the split), and the texts `question`,
-  `solution` and `answer`. A change of the generator needs a new VERSION, as data sets that are
-  on disk already are not built again.
-  """
+class Arithmetic(TextBuilder):
+  """Splits of the task."""
 
   VERSION = tfds.core.Version("1.0.0")
   BUILDER_CONFIGS = [
     ArithmeticConfig(name="plain", description="Equations alone.", filler=False),
     ArithmeticConfig(name="filler", description="Random words between equations.", filler=True),
   ]
-  # No downloads, so no checksums; TFDS needs the package importlib_resources to look for them.
-  url_infos = None
+  RECORD = Example
+  DESCRIPTION = "Arithmetic word problems of five equations with worked solutions."
 
-  def _info(self):
-    features = {"id": np.int64}
-    features |= {name: tfds.features.Text() for name in ("question", "solution", "answer")}
-    # Shuffling is the reader's business; without it the order on disk is that of generation.
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Arithmetic word problems of five equations with worked solutions.",
-      features=tfds.features.FeaturesDict(features),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # Nothing is downloaded.
-    splits = make_splits(SPLIT_SIZES, filler=self.builder_config.filler)
-    return {name: self._generate_examples(examples) for name, examples in splits.items()}
-
-  def _generate_examples(self, examples):
-    for i, example in enumerate(examples):
-      yield i, {"id": i, **dataclasses.asdict(example)}
+  def _make_splits(self):
+    return make_splits(SPLIT_SIZES, filler=self.builder_config.filler)

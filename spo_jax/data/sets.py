@@ -12,10 +12,10 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from spo_jax.data import game24
+from spo_jax.data.builder import TextBuilder
 from spo_jax.data.download import Gsm8kDownload
 from spo_jax.data.json_lines import Row, read_rows
 from spo_jax.errors import UserError
@@ -194,40 +194,20 @@ def _hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], lis
   return problems[:count], problems[count:]
 
 
-class Problems(tfds.core.GeneratorBasedBuilder):
-  """Splits of problems as array_record files.
-
-  Features of a record: `id` (int64, its position in the split) and the texts of `Problem`. A
-  change of what a split holds needs a new VERSION, as what is on disk is not built again.
-  """
+class Problems(TextBuilder):
+  """Splits of problems."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # No downloads, so no checksums; TFDS needs the package importlib_resources to look for them.
-  url_infos = None
+  RECORD = Problem
+  DESCRIPTION = "Problems with answers that can be checked."
 
   def __init__(self, load: Callable[[], dict[str, list[Problem]]], **kwargs):
     """`load` gives the splits, and is called only when they are not on disk yet."""
     self._load = load
     super().__init__(**kwargs)
 
-  def _info(self):
-    features = {"id": np.int64}
-    features |= {field.name: tfds.features.Text() for field in dataclasses.fields(Problem)}
-    # Shuffling is the reader's business; without it the order on disk is that of generation.
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Problems with answers that can be checked.",
-      features=tfds.features.FeaturesDict(features),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # What is downloaded, other builders have downloaded.
-    return {name: self._generate_examples(split) for name, split in self._load().items()}
-
-  def _generate_examples(self, problems):
-    for i, problem in enumerate(problems):
-      yield i, {"id": i, **dataclasses.asdict(problem)}
+  def _make_splits(self):
+    return self._load()
 
 
 def make_builder(name: str, data_dir: str, manual_dir: str, fields: Fields) -> Problems:

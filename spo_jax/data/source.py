@@ -10,12 +10,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from spo_jax.config import EMBEDDED
 from spo_jax.data import prompts, sets
 from spo_jax.data.arithmetic import Arithmetic
+from spo_jax.data.countdown import Countdown
 from spo_jax.errors import UserError
 
-DATASETS = (EMBEDDED, *sets.NAMES)
+EMBEDDED = {"arithmetic": Arithmetic, "countdown": Countdown}
+DATASETS = (*EMBEDDED, *sets.NAMES)
 
 
 def load_split(
@@ -31,7 +32,7 @@ def load_split(
 
   Args:
     name: One of `DATASETS`.
-    variant: Of the embedded task, the name of a builder config; the other sets have but `plain`.
+    variant: Of an embedded task, the name of a builder config; the other sets have but `plain`.
     split: A split's name, or a part of it in the notation of TFDS such as `train[:100]`.
     data_dir: Folder in which data sets are kept.
     manual_dir: Folder of the files that a set is built from; see `sets.FILE_SETS`.
@@ -39,7 +40,7 @@ def load_split(
 
   Returns:
     Records with random access by position; texts are `str`. They have `id`, the position in the
-    split, and `question`, `answer`, `solution`; all but the embedded task's also `subject`,
+    split, and `question`, `answer`, `solution`; all but the embedded tasks' also `subject`,
     `level` and `key`. What a set does not tell is "".
 
   Raises:
@@ -48,11 +49,12 @@ def load_split(
   """
   if name not in DATASETS:
     raise UserError(f"unknown data set '{name}', known are: {', '.join(DATASETS)}")
-  variants = sorted(Arithmetic.builder_configs) if name == EMBEDDED else ["plain"]
+  embedded = EMBEDDED.get(name)
+  variants = sorted(embedded.builder_configs) if embedded else ["plain"]
   if variant not in variants:
     raise UserError(f"data set '{name}' has no variant '{variant}', it has: {', '.join(variants)}")
-  if name == EMBEDDED:
-    open_builder = lambda: Arithmetic(config=variant, data_dir=data_dir, file_format="array_record")
+  if embedded:
+    open_builder = lambda: embedded(config=variant, data_dir=data_dir, file_format="array_record")
   else:
     open_builder = lambda: sets.make_builder(name, data_dir, manual_dir, fields)
   builder = _prepared_builder(open_builder)

@@ -16,17 +16,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
+from spo_jax.learner import loss_config, pack_config
 from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.run import make_sampler
 from spo_jax.sampling import verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
-from spo_jax.train import loss_config, pack_config
 from spo_jax.training.packing import PackConfig, PackedForest
+from spo_jax.training.prepare import prepare
 from spo_jax.training.step import (
   TrainState,
   compiled_step,
   new_state,
-  prepare,
   state_shardings,
   train_step,
 )

@@ -40,6 +40,7 @@ GRADERS = {
   "last_number": Entry(
     f"{_NUMBERS}:grade_last_number", bounded=True, vote=f"{_NUMBERS}:vote_last_number"
   ),
+  "countdown": Entry("spo_jax.rewards.countdown:grade", bounded=True),
   "game24": Entry("spo_jax.rewards.game24:grade", bounded=True),
   "math": Entry("spo_jax.rewards.maths:grade", bounded=False, vote="spo_jax.rewards.maths:vote"),
 }

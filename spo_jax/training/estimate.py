@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
   values: np.ndarray  # [N] float32, of the state in which the segment ends
   known: np.ndarray  # [N] bool
   advantages: np.ndarray  # [N] float32
-  trained: np.ndarray  # [N] bool, segments with a signal; never prompts or probes
+  trained: np.ndarray  # [N] bool, segments that enter the loss; never prompts
 
 
 def estimate(
@@ -30,12 +30,13 @@ def estimate(
     forest: N nodes.
     rewards: [N] float32, read at the leaves.
     cfg: kind of advantage, tolerance.
-    probed: values come from probes alone (SPO-chain); otherwise from all children.
+    probed: values come from probes (SPO-chain), alone or with the trajectory's own continuation by
+      `cfg.pool_trajectory`; otherwise from all children.
 
   Returns:
     Estimates of the N nodes.
   """
-  counted = (forest.depth > 0) & (forest.probe | (not probed))
+  counted = (forest.depth > 0) & (forest.probe | cfg.pool_trajectory | (not probed))
   # Sizes are rounded up, so that forests of many shapes share a compiled program.
   room = _power_of_two(len(rewards)) - len(rewards)
   pad = lambda x, value: np.pad(x, (0, room), constant_values=value)
@@ -59,6 +60,10 @@ def _power_of_two(size: int) -> int:
 @functools.partial(jax.jit, static_argnames=("max_depth", "cfg"))
 def _estimate(parent, depth, rewards, leaf, probe, counted, *, max_depth, cfg):
   forest = value_ops.forest_values(parent, depth, rewards, leaf, counted, max_depth=max_depth)
-  advantages = advantage_kinds.make_advantage(cfg.kind, eps=cfg.eps)(forest, parent, counted)
-  trained = advantage_kinds.nonzero(advantages, tolerance=cfg.tolerance) & (depth > 0) & ~probe
+  advantages = advantage_kinds.make_advantage(
+    cfg.kind, eps=cfg.eps, best_of=cfg.best_of, prover_weight=cfg.prover_weight
+  )(forest, parent, counted)
+  trained = (depth > 0) & (~probe | cfg.train_probes)
+  if not cfg.train_zero:
+    trained &= advantage_kinds.nonzero(advantages, tolerance=cfg.tolerance)
   return Estimate(forest.values, forest.known, advantages, trained)

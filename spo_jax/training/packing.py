@@ -20,7 +20,10 @@ from spo_jax.forest import Forest
 
 
 class PackedForest(NamedTuple):
-  """A batch of packed rows; [M, B, T] arrays but for `until`, in key blocks, and the last two."""
+  """A batch of packed rows; [M, B, T] arrays unless told otherwise.
+
+  Those that only some losses read are None for the others.
+  """
 
   tokens: np.ndarray  # int32
   positions: np.ndarray  # int32, distance from the root of the token's tree
@@ -32,6 +35,12 @@ class PackedForest(NamedTuple):
   ref_logprobs: np.ndarray  # float32, under the reference policy; 0 until they are computed
   key_blocks: np.ndarray  # [M, B, N, W] int32, key blocks that a query block may see; -1 pads
   segments: np.ndarray  # [M] int32, trained segments
+  weights: np.ndarray | None = None  # float32, of the token in the policy loss; None: all are 1
+  sequence: np.ndarray | None = None  # int32, number in its micro-batch of a response in a pair; -1
+  pairs: np.ndarray | None = None  # [M, P, 2] int32, sequences: chosen, rejected; -1 pads
+  ref_hidden: np.ndarray | None = None  # [M, B, T, D], states of the reference policy at `prev`
+  values: np.ndarray | None = None  # float32, of the critic, before the token
+  returns: np.ndarray | None = None  # float32, the critic's targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +71,14 @@ class _Piece:
 
 
 def pack(
-  forest: Forest, advantages: np.ndarray, trained: np.ndarray, cfg: PackConfig
+  forest: Forest,
+  advantages: np.ndarray,
+  trained: np.ndarray,
+  cfg: PackConfig,
+  *,
+  weights: np.ndarray | None = None,
+  pairs: np.ndarray | None = None,
+  most_pairs: int = 0,
 ) -> tuple[PackedForest, dict[str, int]]:
   """Packs the trained segments of a forest, and the ancestors that they need, into rows.
 
@@ -74,6 +90,10 @@ def pack(
     advantages: [N] float32, of each node's segment.
     trained: [N] bool, segments that enter the loss.
     cfg: shape of the batch.
+    weights: [N] float32, of each node's tokens in the policy loss; None: all are 1.
+    pairs: [P, 2] node ids of trained responses, chosen and rejected, of one tree each, which fits a
+      row; None if the loss has no pairs.
+    most_pairs: P' of the batch's table, as many as a micro-batch's pairs can be.
 
   Returns:
     (batch, counts): counts has `rows`, `micro_batches` that hold them, `segments` and `tokens`
@@ -118,6 +138,15 @@ def pack(
   batch["loss_mask"][target] = trained[spread("node")] & ~spread("context")
   batch["advantages"][target] = advantages[spread("node")]
   batch["old_logprobs"][target] = forest.logprobs[source]
+  if weights is not None:
+    batch["weights"] = np.zeros(flat.shape, np.float32)
+    batch["weights"][target] = weights[spread("node")]
+  if pairs is not None:
+    sequence, table = _number_pairs(
+      placed["row"] // cfg.rows, placed["node"], pairs, (room, most_pairs), len(forest.parent)
+    )
+    batch["sequence"] = np.full(flat.shape, -1, np.int32)
+    batch["sequence"][target] = sequence[spread("node")]
 
   batch = {name: array.reshape(shape) for name, array in batch.items()}
   batch["key_blocks"] = visible_blocks(
@@ -129,6 +158,8 @@ def pack(
   batch["segments"] = np.bincount(
     placed["row"][own] // cfg.rows, minlength=len(batch["tokens"])
   ).astype(np.int32)
+  if pairs is not None:
+    batch["pairs"] = table
   counts = {
     "rows": len(rows),
     "micro_batches": micro_batches,
@@ -138,6 +169,32 @@ def pack(
     "distinct_tokens": int(forest.lengths[np.unique(placed["node"])].sum()),
   }
   return PackedForest(**batch), counts
+
+
+def _number_pairs(micro_batches, copies, pairs: np.ndarray, shape: tuple[int, int], nodes: int):
+  """Numbers the responses of each micro-batch's pairs.
+
+  Args:
+    micro_batches: [copies] of the copies of nodes.
+    copies: [copies] node ids.
+    pairs: [P, 2] node ids.
+    shape: micro-batches, and pairs that each has room for.
+    nodes: N.
+
+  Returns:
+    ([N] int32, a node's number in its micro-batch or -1; [*shape, 2] int32 pairs of numbers).
+  """
+  home = np.zeros(nodes, np.int64)
+  home[copies] = micro_batches
+  owner = home[pairs[:, 0]]
+  table = np.full((*shape, 2), -1, np.int32)
+  sequence = np.full(nodes, -1, np.int32)
+  for micro_batch in np.unique(owner):
+    own = pairs[owner == micro_batch]
+    members, numbers = np.unique(own, return_inverse=True)
+    sequence[members] = np.arange(len(members))
+    table[micro_batch, : len(own)] = numbers.reshape(own.shape)
+  return sequence, table
 
 
 def visible_blocks(
@@ -228,7 +285,7 @@ def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> li
     return path[::-1]
 
   pieces = []
-  for root in np.flatnonzero((forest.parent < 0) & needed).tolist():
+  for root in np.flatnonzero((forest.parent < 0) & np.array(needed, bool)).tolist():
     piece, stack = None, [root]
     while stack:
       node = stack.pop()

@@ -1,12 +1,11 @@
-"""One optimiser step on packed forests: a policy-gradient step, and the supervised step of the warm
-start.
+"""The optimiser steps on packed forests: of the policy, of a critic of its own, and the supervised
+step of the warm start.
 
 Batches are [M, B, T]: M micro-batches, of which a traced number is used, so that a batch of any
 size runs in one compiled program. Losses are sums divided by counts of the whole batch: gradient
 accumulation is exact.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,9 +14,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spo_jax.algorithms import losses, masking
-from spo_jax.models.attention import PackedContext, attend_packed
-from spo_jax.models.decoder import DecoderConfig, forward, unembedding
+from spo_jax.algorithms import critic, losses
+from spo_jax.models.decoder import DecoderConfig
+from spo_jax.training.objective import (
+  LossConfig,
+  Scale,
+  forest_logprobs,
+  forest_states,
+  policy_objective,
+  state_values,
+  unit_scale,
+  value_sums,
+)
 from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from spo_jax.training.packing import PackedForest
 
@@ -28,54 +36,6 @@ class TrainState(NamedTuple):
   params: Any
   opt_state: Any
   step: jax.Array  # scalar int32, updates done
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-  """The policy loss; hashable, a static argument of jitted functions."""
-
-  temperature: float  # of sampling: log-probs are under softmax(logits / temperature)
-  use_probability_mask: bool  # train only tokens that the sampling policy found unlikely
-  probability_threshold: float  # below it a token is unlikely
-  scaling: str  # of advantages: "whiten", "rescale" or "none"
-  epsilon_low: float
-  epsilon_high: float
-  log_ratio_bound: float
-  ratio_threshold: float  # a batch with a larger mean ratio is skipped
-  kl_coef: float  # weight of the KL to the reference policy; 0 leaves the reference policy out
-  kl_estimator: str
-  kl_clip_max: float  # bound on a token's KL estimate, from both sides
-  logprob_chunk: int  # tokens a row that are unembedded at a time
-
-
-def forest_logprobs(
-  cfg: DecoderConfig, params, batch: PackedForest, *, temperature: float, chunk: int
-) -> jax.Array:
-  """Log-probs of a micro-batch's tokens, each predicted from the hidden state at `prev`.
-
-  Args:
-    cfg: decoder geometry.
-    params: its parameters.
-    batch: one micro-batch, arrays [B, T].
-    temperature: as in `losses.token_logprobs`.
-    chunk: likewise.
-
-  Returns:
-    [B, T] float32; of no meaning at roots and padding.
-  """
-  context = PackedContext(batch.until, batch.key_blocks)
-  hidden_BxTxD, _ = forward(cfg, attend_packed, params, batch.tokens, batch.positions, context)
-  # Gathered before the unembedding: siblings share the state at the end of their parent.
-  prev_BxT = jnp.maximum(batch.prev, 0)
-  hidden_BxTxD = jnp.take_along_axis(hidden_BxTxD, prev_BxT[..., None], axis=1)
-  return losses.token_logprobs(
-    hidden_BxTxD,
-    unembedding(cfg, params),
-    batch.tokens,
-    chunk=chunk,
-    temperature=temperature,
-    logit_cap=cfg.logit_cap,
-  )
 
 
 def new_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
@@ -108,63 +68,6 @@ def init_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
   """The state before the first update, where `state_shardings` puts it."""
   state = new_state(params, optimizer_cfg)
   return jax.device_put(state, state_shardings(params, optimizer_cfg))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def prepare(
-  cfg: DecoderConfig,
-  loss_cfg: LossConfig,
-  ref_params,
-  batch: PackedForest,
-  micro_batches: jax.Array,
-) -> PackedForest:
-  """What is computed once an iteration, before any update: reference log-probs, probability mask,
-  scaled advantages.
-
-  Statistics of the advantages are over all loss tokens of the iteration.
-
-  Args:
-    cfg: decoder geometry.
-    loss_cfg: the loss.
-    ref_params: parameters of the reference policy; read if `kl_coef` is not 0.
-    batch: [M, B, T] arrays from `packing.pack`.
-    micro_batches: scalar int32, micro-batches in use.
-
-  Returns:
-    The batch with `ref_logprobs`, `loss_mask` and `advantages` replaced.
-
-  Raises:
-    ValueError: if `loss_cfg.scaling` is unknown.
-  """
-  flat = lambda x: x.reshape(-1, x.shape[-1])
-  segment_mask, advantages = flat(batch.loss_mask), flat(batch.advantages)
-  mask = segment_mask
-  if loss_cfg.use_probability_mask:
-    mask = masking.probability_mask(
-      flat(batch.old_logprobs), mask, threshold=loss_cfg.probability_threshold
-    )
-  if loss_cfg.scaling == "whiten":
-    advantages = masking.whiten(
-      advantages, segment_mask, statistics_mask=mask, shift_mean=True, unbiased=True
-    )
-  elif loss_cfg.scaling == "rescale":
-    advantages = masking.rescale(advantages, segment_mask, unbiased=True)
-  elif loss_cfg.scaling != "none":
-    raise ValueError(f"unknown scaling {loss_cfg.scaling!r}, one of whiten, rescale, none")
-  shape = batch.tokens.shape
-  batch = batch._replace(loss_mask=mask.reshape(shape), advantages=advantages.reshape(shape))
-  if loss_cfg.kl_coef == 0:
-    return batch
-
-  def score(i, ref_logprobs):
-    micro = jax.tree.map(lambda x: x[i], batch)
-    logprobs = forest_logprobs(
-      cfg, ref_params, micro, temperature=loss_cfg.temperature, chunk=loss_cfg.logprob_chunk
-    )
-    return ref_logprobs.at[i].set(logprobs)
-
-  ref_logprobs = jax.lax.fori_loop(0, micro_batches, score, batch.ref_logprobs)
-  return batch._replace(ref_logprobs=ref_logprobs)
 
 
 @functools.cache
@@ -211,6 +114,77 @@ def _apply(optimizer_cfg, state: TrainState, grads) -> TrainState:
   return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
 
 
+def _per(count: jax.Array) -> jax.Array:
+  return 1 / jnp.maximum(count, 1)
+
+
+def _in_use(batch: PackedForest, start, count) -> tuple[jax.Array, jax.Array]:
+  """([M] bool, scalar float32): micro-batches start .. start + count - 1, and their loss tokens."""
+  used_M = jnp.arange(batch.segments.shape[0])
+  used_M = (used_M >= start) & (used_M < start + count)
+  return used_M, jnp.sum(batch.loss_mask & used_M[:, None, None], dtype=jnp.float32)
+
+
+def policy_gradient(
+  cfg: DecoderConfig,
+  loss_cfg: LossConfig,
+  params,
+  batch: PackedForest,
+  start: jax.Array,
+  count: jax.Array,
+  kl_coef: jax.Array | None = None,
+  ref_params=None,
+):
+  """The gradient of `policy_objective` over micro-batches start .. start + count - 1.
+
+  Args: as of `train_step`.
+
+  Returns:
+    (gradient, metrics): a pytree like params, and scalars, those of `train_step` but for
+    `skipped`.
+  """
+  used_M, tokens = _in_use(batch, start, count)
+  segments = jnp.sum(batch.segments * used_M)
+  scale = Scale(_per(tokens), _per(segments), unit_scale(loss_cfg, batch, used_M))
+  kl_coef = loss_cfg.kl_coef if kl_coef is None else kl_coef
+  loss_fn = lambda params, micro: policy_objective(
+    cfg, loss_cfg, params, ref_params, micro, scale, kl_coef
+  )
+  grads, aux = _accumulate(loss_fn, params, batch, start, count)
+  sums = aux["sums"]
+  metrics = {
+    "loss": aux["loss"],
+    "kl": aux["kl"],
+    "policy_kl": sums.policy_kl * scale.per_token,
+    "clip_fraction": sums.clipped * scale.per_token,
+    "ratio": sums.ratio * scale.per_token,
+    "grad_norm": optax.tree.norm(grads),
+    "tokens": tokens,
+  }
+  if "forward_kl" in aux:
+    metrics["forward_kl"] = aux["forward_kl"]
+  if "pairs" in aux:
+    metrics["pairs_ordered"] = aux["pairs"].ordered * scale.per_unit
+    metrics["pairs_lowered"] = aux["pairs"].lowered * scale.per_unit
+  if "values" in aux:
+    metrics |= _value_metrics(aux["values"])
+  return grads, metrics
+
+
+def _value_metrics(sums: critic.ValueSums) -> dict[str, jax.Array]:
+  per_token = _per(sums.count)
+  return {
+    "value_loss": sums.loss * per_token,
+    "value": sums.values * per_token,
+    "value_clip_fraction": sums.clipped * per_token,
+    "explained_variance": critic.explained_variance(sums),
+  }
+
+
+def _unless(skipped: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+  return jax.tree.map(lambda new, old: jnp.where(skipped, old, new), new, old)
+
+
 @_in_place
 def train_step(
   cfg: DecoderConfig,
@@ -220,15 +194,15 @@ def train_step(
   batch: PackedForest,
   start: jax.Array,
   count: jax.Array,
+  kl_coef: jax.Array | None = None,
+  ref_params=None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update from micro-batches start .. start + count - 1.
+  """One update from micro-batches start .. start + count - 1, by `objective.policy_objective`.
 
-    loss = Σ_tokens PPO-clip / tokens + kl_coef Σ_tokens KL / segments
-
-  The KL is summed over a segment's tokens and averaged over segments, as in the reference. A batch
-  whose mean ratio exceeds `ratio_threshold`, whose gradient is not finite, or without a token in
-  its loss mask, changes nothing, to the last bit: with gradient 0 Adam would go on along its
-  moments, decay the weights, and count an update of the schedule.
+  A batch whose mean ratio exceeds `ratio_threshold`, whose gradient is not finite, or without a
+  token in its loss mask, changes nothing, to the last bit: with gradient 0 Adam would go on along
+  its moments, decay the weights, and count an update of the schedule. The ratio is that of
+  "ppo_clip"; other losses may go as far as they like.
 
   Args:
     cfg: decoder geometry.
@@ -238,61 +212,64 @@ def train_step(
     batch: [M, B, T] arrays from `prepare`.
     start: scalar int32.
     count: scalar int32.
+    kl_coef: weight of the KL, where it changes during a run; None is the config's.
+    ref_params: parameters of the reference policy, for the forward KL.
 
   Returns:
     (state, metrics): scalars `loss`, `kl` (to the reference policy, mean a token), `policy_kl` (to
-    the sampling policy), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`.
+    the sampling policy), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`; `forward_kl`
+    (mean a token), `pairs_ordered` and `pairs_lowered` (shares; see `PreferenceSums`), and those of
+    `critic_step`, where there are such.
   """
-  used_M = jnp.arange(batch.segments.shape[0])
-  used_M = (used_M >= start) & (used_M < start + count)
-  tokens = jnp.sum(batch.loss_mask & used_M[:, None, None], dtype=jnp.float32)
-  segments = jnp.sum(batch.segments * used_M)
-  per_token, per_segment = 1 / jnp.maximum(tokens, 1), 1 / jnp.maximum(segments, 1)
+  grads, metrics = policy_gradient(
+    cfg, loss_cfg, state.params, batch, start, count, kl_coef, ref_params
+  )
+  near = metrics["ratio"] <= loss_cfg.ratio_threshold if loss_cfg.kind == "ppo_clip" else True
+  skipped = ~(near & jnp.isfinite(metrics["grad_norm"]) & (metrics["tokens"] > 0))
+  state = _unless(skipped, _apply(optimizer_cfg, state, grads), state)
+  return state, metrics | {"skipped": skipped.astype(jnp.float32)}
+
+
+@_in_place
+def critic_step(
+  cfg: DecoderConfig,
+  loss_cfg: LossConfig,
+  optimizer_cfg: OptimizerConfig,
+  state: TrainState,
+  batch: PackedForest,
+  start: jax.Array,
+  count: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update of a critic with a trunk of its own, from micro-batches start .. start + count - 1.
+
+  What is not finite, or without a token, changes nothing.
+
+  Args:
+    cfg: decoder geometry.
+    loss_cfg: its `critic`.
+    optimizer_cfg: the critic's optimiser.
+    state: the critic's, donated.
+    batch: [M, B, T] arrays from `prepare`.
+    start: scalar int32.
+    count: scalar int32.
+
+  Returns:
+    (state, metrics): scalars `value_loss`, `value`, `value_clip_fraction` (means a token),
+    `explained_variance` (of the returns, by the values before the update), `value_grad_norm`.
+  """
+  _, tokens = _in_use(batch, start, count)
 
   def loss_fn(params, micro: PackedForest):
-    logprobs = forest_logprobs(
-      cfg, params, micro, temperature=loss_cfg.temperature, chunk=loss_cfg.logprob_chunk
+    sums = value_sums(
+      loss_cfg.critic, state_values(params, forest_states(cfg, params, micro)), micro
     )
-    sums = losses.ppo_clip(
-      logprobs,
-      micro.old_logprobs,
-      micro.advantages,
-      micro.loss_mask,
-      epsilon_low=loss_cfg.epsilon_low,
-      epsilon_high=loss_cfg.epsilon_high,
-      log_ratio_bound=loss_cfg.log_ratio_bound,
-    )
-    loss, kl = sums.loss * per_token, jnp.zeros(())
-    if loss_cfg.kl_coef:
-      kl = losses.kl_loss(
-        logprobs,
-        micro.ref_logprobs,
-        micro.loss_mask,
-        estimator=loss_cfg.kl_estimator,
-        clip_min=-loss_cfg.kl_clip_max,
-        clip_max=loss_cfg.kl_clip_max,
-      )
-      loss = loss + loss_cfg.kl_coef * kl * per_segment
-    return loss, {"loss": loss, "kl": kl * per_token, "sums": sums}
+    return sums.loss * _per(tokens), sums
 
-  grads, aux = _accumulate(loss_fn, state.params, batch, start, count)
-  sums = aux["sums"]
-  ratio = sums.ratio * per_token
-  grad_norm = optax.tree.norm(grads)
-  skipped = ~((ratio <= loss_cfg.ratio_threshold) & jnp.isfinite(grad_norm) & (tokens > 0))
-  updated = _apply(optimizer_cfg, state, grads)
-  state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), updated, state)
-  metrics = {
-    "loss": aux["loss"],
-    "kl": aux["kl"],
-    "policy_kl": sums.policy_kl * per_token,
-    "clip_fraction": sums.clipped * per_token,
-    "ratio": ratio,
-    "grad_norm": grad_norm,
-    "tokens": tokens,
-    "skipped": skipped.astype(jnp.float32),
-  }
-  return state, metrics
+  grads, sums = _accumulate(loss_fn, state.params, batch, start, count)
+  norm = optax.tree.norm(grads)
+  skipped = ~(jnp.isfinite(norm) & (tokens > 0))
+  state = _unless(skipped, _apply(optimizer_cfg, state, grads), state)
+  return state, _value_metrics(sums) | {"value_grad_norm": norm}
 
 
 @_in_place

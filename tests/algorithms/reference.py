@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.algorithms import advantages, kl, losses, masking, values
+from spo_jax.algorithms import advantages, losses, values
 from tests.conftest import FIXTURES
 
 
@@ -19,6 +19,18 @@ def load_json(name):
 def padded(array, *shape):
   """Pads an array with zeros, at the ends, so that many cases share one compilation."""
   return np.pad(array, [(0, size - old) for size, old in zip(shape, array.shape, strict=True)])
+
+
+def terminal_rewards(scores, attention_mask):
+  """[B], [B, S] -> [B, S - 1]: a row's score at the shifted index of its last attended token."""
+  rewards = np.zeros((len(scores), attention_mask.shape[1] - 1), np.float32)
+  rewards[np.arange(len(scores)), attention_mask.sum(axis=1) - 2] = scores
+  return rewards
+
+
+def inner(mask):
+  """[B, T] mask of one response a row -> where the next token is of the response too."""
+  return mask & np.pad(mask[:, 1:], ((0, 0), (0, 1)))
 
 
 class Forest(NamedTuple):
@@ -66,11 +78,16 @@ def group_forest(group_id, score):
   return make_forest(prompts + responses)
 
 
+PROVER_WEIGHT = 5.0
+
+
 @functools.partial(jax.jit, static_argnames="max_depth")
 def _solve(forest, *, max_depth):
   nodes = values.forest_values(*forest, max_depth=max_depth)
   by_kind = {
-    kind: advantages.make_advantage(kind, eps=1e-8)(nodes, forest.parent, forest.counted)
+    kind: advantages.make_advantage(kind, eps=1e-8, best_of=4, prover_weight=PROVER_WEIGHT)(
+      nodes, forest.parent, forest.counted
+    )
     for kind in advantages.ADVANTAGES
   }
   return nodes, by_kind
@@ -88,11 +105,12 @@ def actor_loss(
   advantages,
   mask,
   ref_logprobs,
-  all_logprobs,
-  ref_all_logprobs,
+  logits,
+  ref_logits,
   *,
   estimator,
   hyper,
+  temperature=1.0,
 ):
   """The reference's `_compute_actor_loss` -> (loss, metrics), composed of sums.
 
@@ -116,13 +134,20 @@ def actor_loss(
     clip_min=hyper["kl_penalty_loss_clip_min"],
     clip_max=hyper["kl_penalty_loss_clip_max"],
   )
-  forward = kl.clip(
-    kl.full(ref_all_logprobs, all_logprobs),
-    hyper["forward_kl_penalty_clip_min"],
-    hyper["forward_kl_penalty_clip_max"],
+  identity = jnp.eye(logits.shape[-1], dtype=jnp.float32)
+  forward = losses.forward_kl(
+    logits,
+    identity,
+    ref_logits,
+    identity,
+    mask,
+    chunk=4,
+    temperature=temperature,
+    clip_min=hyper["forward_kl_penalty_clip_min"],
+    clip_max=hyper["forward_kl_penalty_clip_max"],
   )
   tokens = jnp.maximum(sums.count, 1)
-  forward_loss = hyper["forward_kl_penalty_coef"] * masking.masked_mean(forward, mask)
+  forward_loss = hyper["forward_kl_penalty_coef"] * forward / tokens
   kl_loss = hyper["kl_coef"] * divergence / hyper["num_rows"]
   skipped = sums.ratio / tokens > hyper["ratio_threshold"]
   metrics = {

@@ -24,6 +24,15 @@ def test_trees_of_the_reference(fixture_arrays, x64):
     kept = advantages.nonzero(by_kind[kind], tolerance=TOLERANCE)
     np.testing.assert_array_equal(kept[edge], want[f"keep_{name}"][edge])
     np.testing.assert_array_equal(by_kind[kind][~edge], 0)
+  np.testing.assert_allclose(_prover(by_kind)[edge], want["prover_adv"][edge], **_close(x64))
+  # B increases, so that both parts have one sign.
+  kept = advantages.nonzero(by_kind["prover"], tolerance=TOLERANCE)
+  np.testing.assert_array_equal(kept[edge], want["keep_rloo"][edge])
+
+
+def _prover(by_kind):
+  """The prover's part of the advantage "prover"."""
+  return (by_kind["prover"] - by_kind["difference"]) / reference.PROVER_WEIGHT
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -47,6 +56,8 @@ def test_equal_siblings_are_dropped(fixture_arrays, x64):
     reference_keep = whole(f"keep_{name}")
     np.testing.assert_array_equal(keep[edge], (reference_keep & ~whole("rounding_only"))[edge])
     assert reference_keep[edge].any()
+  rounding = np.nan_to_num(whole("prover_adv"))
+  np.testing.assert_allclose(_prover(by_kind), rounding, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -146,6 +157,31 @@ def test_normalized_advantages_of_siblings_have_mean_zero_and_unit_spread():
   np.testing.assert_allclose(siblings.std(axis=1), 1, rtol=1e-5)
 
 
+def test_prover_of_one_sample_is_the_policy():
+  forest = reference.group_forest([0, 0, 0], [0.1, 0.4, 1.0])
+  nodes, by_kind = reference.solve(forest, max_depth=1)
+  one = advantages.prover(nodes, forest.parent, best_of=1)
+  np.testing.assert_allclose(one, by_kind["difference"], atol=1e-6)
+  # Of two: B(v) = 1 - (1 - v)², B(0.5) = 0.75.
+  two = advantages.prover(nodes, forest.parent, best_of=2)
+  np.testing.assert_allclose(two[1:], [0.19 - 0.75, 0.64 - 0.75, 0.25], atol=1e-6)
+  pav = advantages.progress(nodes, forest.parent, best_of=2, prover_weight=3.0)
+  np.testing.assert_allclose(pav, by_kind["difference"] + 3 * two, atol=1e-6)
+  with pytest.raises(ValueError, match="best_of must be positive, got 0"):
+    advantages.prover(nodes, forest.parent, best_of=0)
+
+
+def test_reward_has_no_baseline():
+  """Every node but prompts, and but those that nothing estimates, has its own value."""
+  path = reference.path_forest([[1.0, 0.0], [], [1.0, 1.0]], score=0.5)
+  group = reference.group_forest([0, 0], [2.0, -1.0])
+  forest, _ = reference.concatenate([path, group])
+  nodes, by_kind = reference.solve(forest, max_depth=3)
+  assert nodes.filled[1]
+  want = [0, 0, 1, 0.5, 1, 0, 1, 1, 0, 2, -1]
+  np.testing.assert_allclose(by_kind["reward"], want)
+
+
 def test_leave_one_out_of_an_uncounted_node_is_its_difference():
   forest = reference.path_forest([[1.0, 0.0, 0.0], [1.0, 1.0]], score=0.5)
   _, by_kind = reference.solve(forest, max_depth=2)
@@ -169,5 +205,5 @@ def test_rounding_does_not_become_a_signal(parts):
 
 
 def test_unknown_advantage_raises():
-  with pytest.raises(ValueError, match="difference.*leave_one_out.*normalized"):
+  with pytest.raises(ValueError, match="difference.*leave_one_out.*normalized.*prover.*reward"):
     advantages.make_advantage("gae", eps=1e-8)

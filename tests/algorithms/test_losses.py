@@ -25,14 +25,14 @@ def _actor_loss(arrays, *, estimator, use_prob_mask, hyper):
   likely = masking.probability_mask(old, action, threshold=0.9)
   mask = jnp.where(use_prob_mask, likely, action)
 
-  def loss(logprobs, all_logprobs):
+  def loss(logprobs, logits):
     return reference.actor_loss(
       logprobs,
       old,
       arrays["advantages"],
       mask,
       arrays["ref_logprobs"],
-      all_logprobs,
+      logits,
       arrays["ref_all_tokens_logps"],
       estimator=estimator,
       hyper=hyper,
@@ -83,7 +83,10 @@ def test_actor_losses_of_the_reference(fixture_arrays):
     if "ref_kl" in given:
       close(divergence[whole], given["ref_kl"], err_msg=name)
     if "grad_all_tokens_logps" in given:
-      close(all_grad[whole], given["grad_all_tokens_logps"], err_msg=name)
+      # The reference's gradient stops at the log-probabilities, which are our logits here.
+      want = given["grad_all_tokens_logps"]
+      shares = np.exp(given["all_tokens_logps"]) * want.sum(axis=-1, keepdims=True)
+      close(all_grad[whole], want - shares, err_msg=name)
     np.testing.assert_array_equal(grad[rows:], 0)
 
 
@@ -185,6 +188,75 @@ def test_forward_pass_of_the_reference(fixture_arrays):
     np.testing.assert_allclose(entropy, given["entropy"], rtol=2e-4)
 
 
+FORWARD_KL = dict(chunk=3, temperature=0.7, logit_cap=5.0)
+
+
+def _two_policies(seed=0):
+  """Hidden states and unembeddings of a policy and a wider reference; a mask."""
+  rng = np.random.default_rng(seed)
+  shapes = [(2, 7, 4), (4, 11), (2, 7, 6), (6, 11)]
+  return [rng.normal(size=shape).astype(np.float32) for shape in shapes], rng.random((2, 7)) < 0.6
+
+
+@jax.jit
+def _forward_kl(policies, mask, clip_min=-1e9, clip_max=1e9):
+  """The loss, and its gradients for all four arrays."""
+  loss = lambda arrays: losses.forward_kl(
+    *arrays, mask, **FORWARD_KL, clip_min=clip_min, clip_max=clip_max
+  )
+  return jax.value_and_grad(loss)(policies)
+
+
+@jax.jit
+def _dense_forward_kl(policies, mask, clip_max=1e9):
+  def loss(arrays):
+    hidden, unembed, ref_hidden, ref_unembed = arrays
+    logits = [5 * jnp.tanh(h @ u / 5) for h, u in ((hidden, unembed), (ref_hidden, ref_unembed))]
+    new, ref = (jax.nn.log_softmax(x / 0.7) for x in logits)
+    divergence = jnp.sum(jnp.exp(ref) * (ref - new), axis=-1)
+    return jnp.sum(jnp.where(mask, jnp.minimum(divergence, clip_max), 0))
+
+  return jax.value_and_grad(loss)(policies)
+
+
+def test_forward_kl_is_that_of_whole_distributions():
+  policies, mask = _two_policies()
+  whole, _ = _dense_forward_kl(policies, mask)
+  some = whole / mask.sum()
+  for clip_max in (1e9, some):
+    got, got_grads = _forward_kl(policies, mask, clip_max=clip_max)
+    want, want_grads = _dense_forward_kl(policies, mask, clip_max)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(got_grads[:2], want_grads[:2], strict=True):
+      assert np.any(b != 0)
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(got_grads[2:], want_grads[2:], strict=True):
+      assert np.any(b != 0)
+      np.testing.assert_array_equal(a, 0)  # the reference is not trained
+  assert got < 0.99 * whole
+  lowest, grads = _forward_kl(policies, mask, clip_min=100.0)
+  assert lowest == 100 * mask.sum() and not np.any(grads[0])
+
+
+def test_forward_kl_of_a_policy_to_itself_is_zero():
+  (hidden, unembed, *_), mask = _two_policies()
+  wider = [np.pad(hidden, ((0, 0), (0, 0), (0, 2))), np.pad(unembed, ((0, 2), (0, 0)))]
+  value, grads = _forward_kl([hidden, unembed, *wider], mask)
+  np.testing.assert_allclose(value, 0, atol=1e-6)
+  for gradient in grads:
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+  assert _forward_kl([hidden + 1, unembed, *wider], mask)[0] > 0.01
+
+
+def test_forward_kl_sees_the_mask_alone():
+  (hidden, unembed, ref_hidden, ref_unembed), mask = _two_policies()
+  clean = _forward_kl([hidden, unembed, ref_hidden, ref_unembed], mask)
+  for junk in (7.0, np.nan, -np.inf):
+    h, r = (np.where(mask[..., None], x, np.float32(junk)) for x in (hidden, ref_hidden))
+    got = _forward_kl([h, unembed, r, ref_unembed], mask)
+    jax.tree.map(np.testing.assert_array_equal, got, clean)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_chunked_logprobs_equal_unchunked_ones(chunk):
   rng = np.random.default_rng(0)
@@ -214,11 +286,16 @@ def test_chunked_logprobs_equal_unchunked_ones(chunk):
 def test_logits_of_all_tokens_never_exist():
   """Neither forward nor backward holds an array of T times V numbers."""
   hidden, unembed = jnp.zeros((1, 64, 4)), jnp.zeros((4, 512))
-  targets = jnp.zeros((1, 64), jnp.int32)
-  loss = lambda h, u: losses.token_logprobs(h, u, targets, chunk=8, temperature=1.0).sum()
-  text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, unembed))
-  assert "1,8,512]" in text
-  assert "64,512]" not in text and "8,1,8,512]" not in text
+  targets, mask = jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64), bool)
+  for loss in (
+    lambda h, u: losses.token_logprobs(h, u, targets, chunk=8, temperature=1.0).sum(),
+    lambda h, u: losses.forward_kl(
+      h, u, hidden, unembed, mask, chunk=8, temperature=1.0, clip_min=-1.0, clip_max=1.0
+    ),
+  ):
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, unembed))
+    assert "1,8,512]" in text
+    assert "64,512]" not in text and "8,1,8,512]" not in text
 
 
 def test_bfloat16_inputs_give_float32_logprobs():
@@ -238,3 +315,8 @@ def test_bad_shapes_raise():
     losses.ppo_clip(logprobs, old, adv, mask[:, 1:], **CLIP)
   with pytest.raises(AssertionError):
     losses.ppo_clip(logprobs, old, adv, mask.astype(np.float32), **CLIP)
+  (*policies, ref_unembed), mask = _two_policies()
+  with pytest.raises(AssertionError):
+    _forward_kl([*policies, ref_unembed[:, 1:]], mask)
+  with pytest.raises(AssertionError):
+    _forward_kl([*policies, ref_unembed], mask[:, 1:])

@@ -5,7 +5,7 @@ import pytest
 
 from spo_jax.algorithms import partition
 
-HYPER = dict(threshold=0.9, interval=5, length=3, delimiter_ids=(7, 9))
+HYPER = dict(threshold=0.9, interval=5, length=3, delimiter_ids=(7, 9), parts=4)
 _cutpoints = jax.jit(partition.cutpoints, static_argnames=("threshold", "interval"))
 
 
@@ -30,6 +30,9 @@ def _naive_starts(kind, tokens, logprobs, mask):
         starts[row, t] = t in low[:: HYPER["interval"]]
       elif kind == "fixed":
         starts[row, t] = i % HYPER["length"] == 0
+      elif kind == "equal":
+        parts = np.array_split(response, HYPER["parts"])
+        starts[row, t] = t in [part[0] for part in parts if len(part)]
       elif kind == "delimiter":
         starts[row, t] = i == 0 or tokens[row, response[i - 1]] in HYPER["delimiter_ids"]
       else:
@@ -63,6 +66,18 @@ def test_cutpoints_see_the_response_alone(fixture_arrays):
     np.testing.assert_array_equal(np.flatnonzero(starts[row]) - begin - 1, cuts)
 
 
+def test_equal_parts_of_the_reference(fixture_arrays):
+  """Apart from the first start. Parts without a token, which the reference cuts too, are none."""
+  data = fixture_arrays("chain_naive")
+  mask = np.arange(100) < data["resp_len"][:, None]
+  starts = np.asarray(jax.jit(partition.equal_parts, static_argnames="parts")(mask, parts=4))
+  assert min(data["resp_len"]) < 4
+  for row, length, cuts in zip(starts, data["resp_len"], data["cutpoints"], strict=True):
+    first, *others = np.flatnonzero(row)
+    assert first == 0
+    np.testing.assert_array_equal(np.array(others) - 1, cuts[cuts < length - 1])
+
+
 def test_threshold_is_strict_and_exact_in_float32(fixture_arrays):
   data = fixture_arrays("chain_threshold_boundary")
   logprobs = data["resp_logp"][None]
@@ -93,13 +108,17 @@ def test_partitions_that_are_special_cases_of_others():
     partition.fixed_length(mask, length=100), partition.whole_response(mask)
   )
   np.testing.assert_array_equal(
+    partition.equal_parts(mask, parts=1), partition.whole_response(mask)
+  )
+  np.testing.assert_array_equal(partition.equal_parts(mask, parts=50), every_token)
+  np.testing.assert_array_equal(
     partition.delimiters(tokens, mask, delimiter_ids=()), partition.whole_response(mask)
   )
 
 
 def test_bad_arguments_raise():
   logprobs, _, mask = _random_rows(seed=3)
-  with pytest.raises(ValueError, match="adaptive.*delimiter.*fixed.*response.*token"):
+  with pytest.raises(ValueError, match="adaptive.*delimiter.*equal.*fixed.*response.*token"):
     partition.make_partition("thirds", **HYPER)
   with pytest.raises(ValueError, match="interval"):
     partition.cutpoints(logprobs, mask, threshold=0.9, interval=0)
@@ -107,5 +126,7 @@ def test_bad_arguments_raise():
     partition.cutpoints(logprobs, mask, threshold=0.0, interval=1)
   with pytest.raises(ValueError, match="length"):
     partition.fixed_length(mask, length=0)
+  with pytest.raises(ValueError, match="parts"):
+    partition.equal_parts(mask, parts=0)
   with pytest.raises(AssertionError):
     partition.cutpoints(logprobs[:, 1:], mask, threshold=0.9, interval=1)

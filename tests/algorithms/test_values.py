@@ -30,18 +30,20 @@ def _random_forest(rng, *, num_trees, max_depth):
 
 
 def _naive_value(forest, node):
-  """(value, std, count, known) of a node, by recursion."""
+  """(value, std, count, known, filled) of a node, by recursion."""
   if forest.depth[node] < 0:
-    return 0.0, 0.0, 0, False
+    return 0.0, 0.0, 0, False, False
   if forest.leaf[node]:
-    return forest.rewards[node], 0.0, 0, True
-  children = [
-    _naive_value(forest, c) for c in np.flatnonzero(forest.parent == node) if forest.counted[c]
-  ]
-  known = [value for value, _, _, is_known in children if is_known]
-  if not known:
-    return 0.0, 0.0, 0, False
-  return np.mean(known), np.std(known), len(known), True
+    return forest.rewards[node], 0.0, 0, True, False
+  children = np.flatnonzero(forest.parent == node)
+  counted = [_naive_value(forest, c) for c in children[forest.counted[children]]]
+  known = [value for value, _, _, is_known, _ in counted if is_known]
+  if known:
+    return np.mean(known), np.std(known), len(known), True, False
+  after = [_naive_value(forest, c) for c in children[~forest.counted[children]]]
+  if len(after) == 1 and any(after[0][3:]):
+    return after[0][0], 0.0, 0, False, True
+  return 0.0, 0.0, 0, False, False
 
 
 def test_random_forests_against_recursion():
@@ -50,7 +52,9 @@ def test_random_forests_against_recursion():
   )
   nodes, _ = reference.solve(forest, max_depth=4)
   expected = [_naive_value(forest, i) for i in range(len(forest.parent))]
-  assert any(not known for _, _, _, known in expected)
+  known, filled = (np.array(column) for column in list(zip(*expected, strict=True))[3:])
+  own = forest.parent[filled]
+  assert not known.all() and filled.sum() > 3 and (filled[own] | known[own]).any()
   for got, want in zip(nodes, zip(*expected, strict=True), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -59,10 +63,22 @@ def test_chain_values_are_means_of_their_own_probes():
   """Neither the rest of the trajectory nor its reward enters the value of a cut."""
   probes = [[1.0, 0.0, 1.0], [], [0.0, 0.0, 1.0, 1.0], [1.0]]
   nodes, by_kind = reference.solve(reference.path_forest(probes, score=-3.0), max_depth=4)
-  np.testing.assert_allclose(nodes.values[:5], [2 / 3, 0, 0.5, 1, -3], rtol=1e-6)
   np.testing.assert_array_equal(nodes.known[:5], [True, False, True, True, True])
   np.testing.assert_array_equal(nodes.counts[:5], [3, 0, 4, 1, 0])
-  np.testing.assert_allclose(by_kind["difference"][:5], [0, 0, 0, 0.5, -4], rtol=1e-6)
+  # A state without probes is valued as the next one.
+  np.testing.assert_allclose(nodes.values[:5], [2 / 3, 0.5, 0.5, 1, -3], rtol=1e-6)
+  np.testing.assert_allclose(by_kind["difference"][:5], [0, -1 / 6, 0, 0.5, -4], rtol=1e-6)
+
+
+def test_a_prompt_of_several_trajectories_is_valued_by_its_probes_alone():
+  """Neither trajectory's value stands for the other's: both first segments get 0."""
+  path = [(0, 1, np.nan, False, False), (1, 2, 1.0, True, False), (1, 2, 0.5, True, True)]
+  other = [(p + 3 if p else 0, *rest) for p, *rest in path]
+  forest = reference.make_forest([(-1, 0, np.nan, False, False), *path, *other])
+  nodes, by_kind = reference.solve(forest, max_depth=2)
+  assert not nodes.known[0] and not nodes.filled.any() and nodes.values[0] == 0
+  np.testing.assert_array_equal(by_kind["difference"][[1, 4]], 0)
+  np.testing.assert_array_equal(by_kind["difference"][[2, 5]], 0.5)
 
 
 def test_monte_carlo_values_of_the_reference(fixture_arrays):
@@ -70,8 +86,9 @@ def test_monte_carlo_values_of_the_reference(fixture_arrays):
   shaped = shape_unfinished(
     data["rollout_reward"], data["rollout_truncated"], data["unfinished_penalty"][:, None]
   )
+  state = (-1, 0, np.nan, False, False)
   trees = [
-    reference.path_forest([rewards[:n]], score=np.nan)
+    reference.make_forest([state, *[(0, 1, reward, True, True) for reward in rewards[:n]]])
     for rewards, n in zip(shaped, data["num_rollouts"], strict=True)
   ]
   forest, roots = reference.concatenate(trees)
@@ -103,7 +120,7 @@ def tree_fixture(fixture_arrays):
   data = fixture_arrays("trees")
   names = [
     "parent", "depth", "leaf", "leaf_reward", "value", "std", "adv_rloo", "keep_rloo",
-    "adv_grpo", "keep_grpo", "rounding_only",
+    "adv_grpo", "keep_grpo", "prover_adv", "rounding_only",
   ]  # fmt: skip
   trees = [{name: data[f"{case}__{name}"] for name in names} for case in data["case_name"]]
   forest, _ = reference.concatenate(

@@ -227,7 +227,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     ("math", "", "'math' needs config.data.manual_dir, a folder with math/train.jsonl, math500"),
     ("math", "/nowhere", "manual_dir '/nowhere' is no folder"),
     ("json", str(SAMPLES), "'json' needs train.jsonl, validation.jsonl, test.jsonl in "),
-    ("gsm9k", "", "unknown data set 'gsm9k', known are: arithmetic, gsm8k, math, math500"),
+    ("gsm9k", "", "unknown data set 'gsm9k', known are: arithmetic, countdown, gsm8k, math"),
   ],
 )
 def test_mistakes_get_one_line(tmp_path, name, manual_dir, message):

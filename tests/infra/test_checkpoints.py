@@ -32,6 +32,15 @@ def arrays(scale=1.0):
   }
 
 
+HOST_ARRAYS = {
+  "tokens": np.arange(100_000, dtype=np.int32) * 7 % 1000,
+  "offsets": np.array([0, 2**40]),
+  "waiting": np.array([True, False]),
+  "nothing": np.zeros((0, 3), np.float32),
+  "number": np.float32(np.nan),
+}
+
+
 def bits(tree):
   return [
     (x.dtype, x.shape, np.ascontiguousarray(x).tobytes())
@@ -58,6 +67,34 @@ def test_what_is_saved_comes_back_bit_for_bit(folder):
   assert bits(restored) == bits(arrays())
   assert record == RECORD and json.dumps(record) == json.dumps(RECORD)
   assert bits(checkpoints.restore(1, like)[0]) == bits(arrays(-1.0))
+  checkpoints.close()
+
+
+def test_host_arrays_of_shapes_that_change_come_back_bit_for_bit(tmp_path):
+  shorter = {"tokens": np.arange(3), "nothing": np.ones(2)}
+  saved = {1: HOST_ARRAYS, 2: shorter, 3: {"nothing": np.zeros(0)}, 4: {}}
+  checkpoints = Checkpoints(tmp_path, keep=4)
+  for step, host_arrays in saved.items():
+    checkpoints.save(step, {"w": jnp.full(3, step)}, {"step": step}, host_arrays)
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, keep=4)
+  for step, host_arrays in saved.items():
+    restored = checkpoints.restore_host_arrays(step)
+    assert restored.keys() == host_arrays.keys()
+    assert bits(restored) == bits(host_arrays)
+    assert checkpoints.restore(step, {"w": jnp.zeros(3, jnp.int32)})[1] == {"step": step}
+  checkpoints.close()
+
+
+def test_a_checkpoint_without_host_arrays_has_no_trace_of_them(folder):
+  names = {p.name for p in (folder / "2").iterdir()}
+  assert names == {"_CHECKPOINT_METADATA", "arrays", "commit_success.txt", "record"}
+  metadata = json.loads((folder / "2" / "_CHECKPOINT_METADATA").read_text())
+  assert metadata["item_handlers"].keys() == {"arrays", "record"}
+  checkpoints = Checkpoints(folder, keep=2)
+  with pytest.raises(UserError, match="cannot be read") as error:
+    checkpoints.restore_host_arrays(2)
+  assert_one_line(error.value, folder)
   checkpoints.close()
 
 
@@ -131,6 +168,12 @@ def halve(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
 DAMAGES = {
   "halved": halve,
   "emptied": lambda path: path.write_bytes(b""),
@@ -157,6 +200,30 @@ def test_a_damaged_file_is_told_or_does_not_matter(folder, tmp_path, damage):
     else:
       assert bits(restored) == want and record == RECORD, name
   assert told == {"arrays", "record", "data"}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "flipped"])
+def test_damaged_host_arrays_are_told_or_come_back(folder, tmp_path, damage):
+  checkpoints = Checkpoints(folder, keep=2)
+  checkpoints.save(3, arrays(), RECORD, HOST_ARRAYS)
+  checkpoints.close()
+  part = folder / "3" / "host_arrays"
+  told = set()
+  for number, name in enumerate([p.relative_to(part) for p in part.rglob("*") if p.is_file()]):
+    copy = tmp_path / str(number)
+    shutil.copytree(folder, copy)
+    (DAMAGES | {"flipped": flip})[damage](copy / "3" / "host_arrays" / name)
+    checkpoints = Checkpoints(copy, keep=2)
+    try:
+      restored = checkpoints.restore_host_arrays(3)
+    except UserError as error:
+      assert "\n" not in str(error) and str(copy / "3") in str(error)
+      told.add("data" if "d" in name.parts else name.name)
+    else:
+      assert bits(restored) == bits(HOST_ARRAYS), name
+    finally:
+      checkpoints.close()
+  assert "data" in told
 
 
 def test_a_folder_of_nothing_and_a_missing_part_are_told(folder):

@@ -15,7 +15,8 @@ from spo_jax.errors import UserError
 from spo_jax.infra import mesh as meshes
 from spo_jax.models.decoder import init_params
 from spo_jax.training.packing import PackConfig, pack
-from spo_jax.training.step import init_state, prepare, train_step
+from spo_jax.training.prepare import prepare
+from spo_jax.training.step import init_state, train_step
 from tests.tiny import SGD, loss_config, shard_params, tiny_config, tiny_params
 from tests.training.forests import assert_trees_close, own_segments, tree_forest
 

@@ -40,7 +40,7 @@ def tree(params, prompts):
 
 def chain(params, prompts, kind="adaptive", threshold=0.3, interval=2, sampler_=None):
   partition = make_partition(
-    kind, threshold=threshold, interval=interval, length=3, delimiter_ids=DELIMITERS
+    kind, threshold=threshold, interval=interval, length=3, parts=3, delimiter_ids=DELIMITERS
   )
   return grow_chain(
     sampler_ or sampler(),
@@ -60,6 +60,7 @@ def starts_of(kind, tokens, logprobs, *, threshold=0.3, interval=2):
   return {
     "adaptive": low[::interval],
     "fixed": list(range(0, len(tokens), 3)),
+    "equal": [part[0] for part in np.array_split(range(len(tokens)), 3) if len(part)],
     "token": list(range(len(tokens))),
     "response": [0],
     "delimiter": [t for t in range(len(tokens)) if t == 0 or tokens[t - 1] in DELIMITERS],

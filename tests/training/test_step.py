@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from spo_jax.algorithms import masking
+from spo_jax.training.objective import forest_logprobs
 from spo_jax.training.packing import PackConfig, pack
+from spo_jax.training.prepare import prepare
 from spo_jax.training.step import (
   TrainState,
   compiled_step,
-  forest_logprobs,
   init_state,
-  prepare,
   supervised_step,
   train_step,
 )

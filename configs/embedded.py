@@ -1,0 +1,44 @@
+"""The embedded tasks: generated data and a tokenizer of their own, for a model of 0.1 M parameters.
+
+Every method's config takes them from here, and adds what is the method's own.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+  """What a task fixes for every method; lengths in tokens."""
+
+  data: str
+  variant: str
+  grader: str
+  max_prompt_tokens: int
+  max_response_tokens: int
+  tree_segments: tuple[int, ...]  # M of SPO-tree's levels but the last
+
+
+ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(13, 13))
+EMBEDDED = {
+  "arithmetic": ARITHMETIC,
+  "filler": dataclasses.replace(
+    ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(16, 16)
+  ),
+  "countdown": Embedded("countdown", "plain", "countdown", 12, 38, tree_segments=(7, 8)),
+}
+
+
+def apply_embedded(config, task: Embedded) -> None:
+  """Sets what an embedded task fixes for every method."""
+  config.data.name = task.data
+  config.data.variant = task.variant
+  config.data.grader = task.grader
+  config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
+  config.rollout.max_prompt_tokens = task.max_prompt_tokens
+  config.rollout.max_response_tokens = task.max_response_tokens
+  config.rollout.temperature = 1.0
+
+  config.loss.scaling = "none"
+  config.loss.epsilon_low = config.loss.epsilon_high = 0.2
+  config.loss.kl_coef = 1e-4
+  config.optimizer.clip_norm = 1.0

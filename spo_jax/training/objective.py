@@ -1,0 +1,259 @@
+"""What is minimised on a micro-batch of packed forests: the policy's losses, and the critic's.
+
+Everything is a sum that the caller's `Scale` divides by counts of the whole update, so that
+micro-batches add up exactly.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spo_jax.algorithms import critic, losses, preference
+from spo_jax.models.attention import PackedContext, attend_packed
+from spo_jax.models.decoder import DecoderConfig, forward, unembedding
+from spo_jax.training.packing import PackedForest
+
+VALUE_HEAD = "value_head"  # [D] float32 beside the decoder's parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+  """The critic; hashable, a static argument of jitted functions."""
+
+  trunk: str  # "own": a decoder of its own; "shared": a head on the policy's
+  gamma: float
+  lam: float  # λ of GAE
+  target: str  # "return" or "lambda_return"
+  whiten_rewards: bool
+  value_clip: float  # bound on a value's change in an iteration
+  coef: float  # weight of the value loss beside the policy's, where the trunk is shared
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The policy loss; hashable, a static argument of jitted functions."""
+
+  kind: str  # "ppo_clip", "likelihood" or "dpo_positive"
+  temperature: float  # of sampling: log-probs are under softmax(logits / temperature)
+  use_probability_mask: bool  # train only tokens that the sampling policy found unlikely
+  probability_threshold: float  # below it a token is unlikely
+  scaling: str  # of advantages: "whiten", "rescale" or "none"
+  normalization: str  # the loss is divided by: "token", "sequence" or "constant"
+  response_tokens: int  # longest response; the "constant", times sequences
+  epsilon_low: float
+  epsilon_high: float
+  log_ratio_bound: float
+  ratio_threshold: float  # a batch with a larger mean ratio is skipped
+  kl_coef: float  # weight of the KL to the reference policy; 0 leaves it out
+  kl_in: str  # "loss", or "reward" for a critic
+  kl_estimator: str
+  kl_clip_max: float  # bound on a token's KL estimate, from both sides
+  forward_kl_coef: float  # weight of KL(reference, policy) over the vocabulary; 0 leaves it out
+  forward_kl_clip_max: float  # bound on a token's, from both sides
+  dpo_beta: float  # β of "dpo_positive"
+  dpo_penalty: float  # λ of "dpo_positive"
+  logprob_chunk: int  # tokens a row that are unembedded at a time
+  critic: CriticConfig | None
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the loss reads a reference policy."""
+    return bool(self.kl_coef or self.forward_kl_coef) or self.kind == "dpo_positive"
+
+
+class Scale(NamedTuple):
+  """What sums over the tokens of an update are multiplied by, scalars."""
+
+  per_token: jax.Array  # 1 / loss tokens
+  per_segment: jax.Array  # 1 / trained segments
+  per_unit: jax.Array  # 1 / what the policy loss is a mean over; see `unit_scale`
+
+
+def forest_states(cfg: DecoderConfig, params, batch: PackedForest) -> jax.Array:
+  """[B, T, D]: the hidden state that predicts each token, which is the one at `prev`.
+
+  Siblings share the state at the end of their parent. Of no meaning at roots and padding.
+  """
+  context = PackedContext(batch.until, batch.key_blocks)
+  hidden_BxTxD, _ = forward(cfg, attend_packed, params, batch.tokens, batch.positions, context)
+  prev_BxT = jnp.maximum(batch.prev, 0)
+  return jnp.take_along_axis(hidden_BxTxD, prev_BxT[..., None], axis=1)
+
+
+def states_logprobs(
+  cfg: DecoderConfig, params, hidden: jax.Array, tokens: jax.Array, *, temperature, chunk
+) -> jax.Array:
+  """[B, T] float32 log-probs of tokens [B, T] from the states [B, T, D] that predict them."""
+  return losses.token_logprobs(
+    hidden,
+    unembedding(cfg, params),
+    tokens,
+    chunk=chunk,
+    temperature=temperature,
+    logit_cap=cfg.logit_cap,
+  )
+
+
+def forest_logprobs(
+  cfg: DecoderConfig, params, batch: PackedForest, *, temperature: float, chunk: int
+) -> jax.Array:
+  """Log-probs of a micro-batch's tokens, each predicted from the hidden state at `prev`.
+
+  Args:
+    cfg: decoder geometry.
+    params: its parameters.
+    batch: one micro-batch, arrays [B, T].
+    temperature: as in `losses.token_logprobs`.
+    chunk: likewise.
+
+  Returns:
+    [B, T] float32; of no meaning at roots and padding.
+  """
+  hidden = forest_states(cfg, params, batch)
+  return states_logprobs(cfg, params, hidden, batch.tokens, temperature=temperature, chunk=chunk)
+
+
+def with_value_head(params, mesh: Mesh):
+  """Parameters with a value head of zeros: V = 0 at first, and GAE the return."""
+  width = params["embedding"].shape[1]
+  head = jax.device_put(jnp.zeros(width), NamedSharding(mesh, PartitionSpec()))
+  return params | {VALUE_HEAD: head}
+
+
+def state_values(params, hidden: jax.Array) -> jax.Array:
+  """[B, T] float32 values of states [B, T, D], by the value head of `params`."""
+  return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), params[VALUE_HEAD])
+
+
+def unit_scale(loss_cfg: LossConfig, batch: PackedForest, used_M: jax.Array) -> jax.Array:
+  """1 / what the policy loss is a mean over, in the micro-batches `used_M` [M] bool.
+
+  "token": loss tokens, by their weights (DAPO, arXiv 2503.14476, eq. 12). "sequence": sequences,
+  whose tokens weigh 1 / their number (GRPO, arXiv 2402.03300, eq. 3). "constant": sequences times
+  the longest response (Dr. GRPO, arXiv 2503.20783). Pairs for "dpo_positive".
+  """
+  if loss_cfg.kind == "dpo_positive":
+    units = jnp.sum((batch.pairs[..., 0] >= 0) & used_M[:, None], dtype=jnp.float32)
+  elif loss_cfg.normalization == "constant":
+    units = loss_cfg.response_tokens * jnp.sum(batch.segments * used_M).astype(jnp.float32)
+  else:
+    weights = batch.loss_mask if batch.weights is None else batch.weights * batch.loss_mask
+    units = jnp.sum(jnp.where(used_M[:, None, None], weights, 0), dtype=jnp.float32)
+  return 1 / jnp.where(units > 0, units, 1)
+
+
+def policy_objective(
+  cfg: DecoderConfig,
+  loss_cfg: LossConfig,
+  params,
+  ref_params,
+  micro: PackedForest,
+  scale: Scale,
+  kl_coef: jax.Array | float,
+) -> tuple[jax.Array, dict[str, Any]]:
+  """A micro-batch's share of the loss.
+
+    loss = Σ_tokens w · PPO-clip / Σ w + kl_coef Σ_tokens KL / segments
+           + forward_kl_coef Σ_tokens KL(reference, policy) / tokens
+
+  with the first term's kin by `loss_cfg.kind`: -Σ w A log π ("likelihood"), or DPO-positive over
+  pairs of responses. The KL is summed over a segment's tokens and averaged over segments, as in the
+  reference.
+
+  Args:
+    cfg: decoder geometry.
+    loss_cfg: the loss.
+    params: parameters.
+    ref_params: of the reference policy; read for the forward KL alone.
+    micro: one micro-batch of a prepared batch, arrays [B, T].
+    scale: see `Scale`.
+    kl_coef: weight of the KL in the loss.
+
+  Returns:
+    (share of the loss, what adds up to the metrics).
+  """
+  temperature, chunk = loss_cfg.temperature, loss_cfg.logprob_chunk
+  hidden = forest_states(cfg, params, micro)
+  logprobs = states_logprobs(
+    cfg, params, hidden, micro.tokens, temperature=temperature, chunk=chunk
+  )
+  sums = losses.ppo_clip(
+    logprobs,
+    micro.old_logprobs,
+    micro.advantages,
+    micro.loss_mask,
+    weights=micro.weights,
+    epsilon_low=loss_cfg.epsilon_low,
+    epsilon_high=loss_cfg.epsilon_high,
+    log_ratio_bound=loss_cfg.log_ratio_bound,
+  )
+  aux = {"sums": sums}
+  if loss_cfg.kind == "ppo_clip":
+    loss = sums.loss * scale.per_unit
+  elif loss_cfg.kind == "likelihood":
+    loss = scale.per_unit * losses.weighted_nll(
+      logprobs, micro.advantages, micro.loss_mask, weights=micro.weights
+    )
+  else:
+    aux["pairs"] = _preference(loss_cfg, logprobs, micro)
+    loss = aux["pairs"].loss * scale.per_unit
+  kl = jnp.zeros(())
+  if loss_cfg.kl_coef:
+    kl = losses.kl_loss(
+      logprobs,
+      micro.ref_logprobs,
+      micro.loss_mask,
+      estimator=loss_cfg.kl_estimator,
+      clip_min=-loss_cfg.kl_clip_max,
+      clip_max=loss_cfg.kl_clip_max,
+    )
+  if loss_cfg.kl_in == "loss":
+    loss = loss + kl_coef * kl * scale.per_segment
+  if loss_cfg.forward_kl_coef:
+    divergence = losses.forward_kl(
+      hidden,
+      unembedding(cfg, params),
+      micro.ref_hidden,
+      unembedding(cfg, ref_params),
+      micro.loss_mask,
+      chunk=chunk,
+      temperature=temperature,
+      logit_cap=cfg.logit_cap,
+      clip_min=-loss_cfg.forward_kl_clip_max,
+      clip_max=loss_cfg.forward_kl_clip_max,
+    )
+    loss = loss + loss_cfg.forward_kl_coef * divergence * scale.per_token
+    aux["forward_kl"] = divergence * scale.per_token
+  if loss_cfg.critic is not None and loss_cfg.critic.trunk == "shared":
+    values = value_sums(loss_cfg.critic, state_values(params, hidden), micro)
+    loss = loss + loss_cfg.critic.coef * values.loss * scale.per_token
+    aux["values"] = values
+  return loss, aux | {"loss": loss, "kl": kl * scale.per_token}
+
+
+def _preference(loss_cfg: LossConfig, logprobs, micro: PackedForest) -> preference.PreferenceSums:
+  most = 2 * micro.pairs.shape[0]  # sequences of a micro-batch are those of its pairs
+  total = lambda x: preference.sequence_logprobs(x, micro.sequence, num_sequences=most)
+  chosen, rejected = jnp.maximum(micro.pairs, 0).T
+  new, ref = total(logprobs), total(micro.ref_logprobs)
+  return preference.dpo_positive(
+    new[chosen],
+    new[rejected],
+    ref[chosen],
+    ref[rejected],
+    micro.pairs[:, 0] >= 0,
+    beta=loss_cfg.dpo_beta,
+    penalty=loss_cfg.dpo_penalty,
+  )
+
+
+def value_sums(
+  critic_cfg: CriticConfig, values: jax.Array, micro: PackedForest
+) -> critic.ValueSums:
+  """The critic's loss on a micro-batch of a prepared batch; values [B, T]."""
+  return critic.value_loss(
+    values, micro.values, micro.returns, micro.loss_mask, value_clip=critic_cfg.value_clip
+  )
