@@ -14,7 +14,7 @@ from spo_jax.models.decoder import forward, token_logits
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.pairs import match_pairs
 from spo_jax.training.prepare import prepare
-from spo_jax.training.step import init_state, policy_gradient, supervised_step
+from spo_jax.training.step import init_state, supervised_step
 from spo_jax.training.weights import segment_weights
 from tests.tiny import SGD, loss_config, tiny_config, tiny_params
 from tests.training.forests import (
@@ -23,6 +23,7 @@ from tests.training.forests import (
   chain_forest,
   node_path,
   own_segments,
+  packed_gradient,
   segment_rows,
   sequence_logprobs,
   tree_forest,
@@ -34,8 +35,6 @@ REF_PARAMS = jax.tree.map(lambda x: x * 1.1, PARAMS)
 MICRO_BATCHES = 4
 PLAIN = dict(kl_coef=0.0, use_probability_mask=False, scaling="none")
 GROUP, CHAIN, TREE = "group", "chain", "tree"
-
-gradient = jax.jit(policy_gradient, static_argnums=(0, 1))
 
 
 def forest_of(name) -> Forest:
@@ -69,7 +68,7 @@ def batch_of(name, normalization="token", *, advantages=None, pairs=None):
 
 
 def loss_and_gradient(cfg, batch, kl_coef=None, ref_params=None):
-  grads, metrics = gradient(
+  grads, metrics = packed_gradient(
     MODEL, cfg, PARAMS, batch, jnp.int32(0), jnp.int32(MICRO_BATCHES), kl_coef, ref_params
   )
   return metrics["loss"], grads, metrics

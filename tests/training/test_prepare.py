@@ -18,6 +18,7 @@ from tests.training.forests import (
   assert_trees_close,
   causal,
   own_segments,
+  packed_gradient,
   segment_rows,
   sequence_logprobs,
 )
@@ -243,11 +244,10 @@ def test_a_critic_is_not_changed_by_nothing_nor_by_what_is_not_a_number(fixed_ba
 def test_a_shared_trunk_gets_both_gradients(fixed_batch):
   plain = loss_config(use_probability_mask=False, scaling="none", kl_coef=0.0)
   shared = config_of(critic_config(trunk="shared", value_clip=0.1, coef=0.7))
-  gradient = jax.jit(policy_gradient, static_argnums=(0, 1))
   span = (jnp.int32(0), jnp.int32(MICRO_BATCHES))
   params = PARAMS | {VALUE_HEAD: HEAD}
-  policy, _ = gradient(MODEL, plain, PARAMS, BATCH, *span)
-  grads, metrics = gradient(MODEL, shared, params, fixed_batch, *span)
+  policy, _ = packed_gradient(MODEL, plain, PARAMS, BATCH, *span)
+  grads, metrics = packed_gradient(MODEL, shared, params, fixed_batch, *span)
 
   tokens, mask = plain_rows()
   targets = np.where(mask, REWARDS[own_segments(FOREST)][:, None], 0)
