@@ -41,6 +41,12 @@ CONTRACT = {
 SIGNAL = {"data__grader": "tests.rewards.hostile:has_digit", "advantage__grade_unfinished": True}
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Where all runs find their data, once one has built it."""
+  return {"data__data_dir": str(tmp_path_factory.mktemp("data"))}
+
+
 def tiny_config(module, **overrides):
   config = module.get_config()
   fields = tiny_run.TINY | {name.replace("__", "."): value for name, value in overrides.items()}
@@ -56,9 +62,9 @@ def run_once(config, workdir: pathlib.Path):
 
 
 @pytest.fixture(scope="module")
-def tree_run(tmp_path_factory):
+def tree_run(tmp_path_factory, data):
   workdir = tmp_path_factory.mktemp("tree")
-  config = tiny_config(spo_tree, **SIGNAL)
+  config = tiny_config(spo_tree, **SIGNAL, **data)
   return config, workdir, run_once(config, workdir)
 
 
@@ -128,8 +134,8 @@ SMALL = SIGNAL | {
     pytest.param(dpo_positive, {"minibatches": 2, "epochs": 2}, id="dpo_positive"),
   ],
 )
-def test_every_method_runs(module, overrides, tmp_path):
-  lines = run_once(tiny_config(module, **SMALL | overrides), tmp_path)
+def test_every_method_runs(module, overrides, tmp_path, data):
+  lines = run_once(tiny_config(module, **SMALL | data | overrides), tmp_path)
   assert lines[-1].keys() >= CONTRACT
   assert lines[-1]["tokens/sampled"] > 0
   assert lines[-1]["train/skipped"] < 0.5 and lines[-1]["train/segments"] > 0
@@ -162,8 +168,9 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
     pytest.param(spo_tree, REPLAY, id="replay"),
   ],
 )
-def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path):
-  config = tiny_config(module, **SMALL | overrides | {"iterations": 3, "checkpoint__every": 1})
+def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path, data):
+  fields = SMALL | data | overrides | {"iterations": 3, "checkpoint__every": 1}
+  config = tiny_config(module, **fields)
   run_once(config, tmp_path / "whole")
   run_once(dataclasses.replace(config, iterations=2), tmp_path / "resumed")
   lines = run_once(config, tmp_path / "resumed")

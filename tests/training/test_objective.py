@@ -67,9 +67,9 @@ def batch_of(name, normalization="token", *, advantages=None, pairs=None):
   return forest, advantages, jax.tree.map(jnp.asarray, batch)
 
 
-def loss_and_gradient(cfg, batch, kl_coef=None, ref_params=None):
+def loss_and_gradient(cfg, batch, kl_coef=None, ref_params=None, span=(0, MICRO_BATCHES)):
   grads, metrics = packed_gradient(
-    MODEL, cfg, PARAMS, batch, jnp.int32(0), jnp.int32(MICRO_BATCHES), kl_coef, ref_params
+    MODEL, cfg, PARAMS, batch, *(jnp.int32(i) for i in span), kl_coef, ref_params
   )
   return metrics["loss"], grads, metrics
 
@@ -138,6 +138,16 @@ def test_normalizations_are_those_of_the_papers(forest, normalization, formula):
   cfg = loss_config(**PLAIN, normalization=normalization)
   assert_is(batch, cfg, forest, advantages, formula)
 
+  # An update on a share of the micro-batches is a mean over that share.
+  total, _, _ = loss_and_gradient(cfg, batch)
+  units = {
+    "token": batch.loss_mask.sum(axis=(1, 2)),
+    "sequence": batch.segments,
+    "constant": 7 * batch.segments,
+  }[normalization]
+  parts = [loss_and_gradient(cfg, batch, span=(i, 1))[0] for i in range(MICRO_BATCHES)]
+  np.testing.assert_allclose(jnp.dot(jnp.stack(parts), units) / units.sum(), total, rtol=1e-4)
+
 
 def test_a_cut_trajectory_is_one_sequence():
   forest, advantages, batch = batch_of(CHAIN, "sequence")
@@ -166,12 +176,13 @@ def test_the_likelihood_of_equal_advantages_is_the_supervised_loss():
 
 
 def test_likelihood_is_weighted_by_advantage_and_does_not_read_the_sampling_policy():
-  forest, advantages, batch = batch_of(GROUP)
-  cfg = loss_config(**PLAIN, kind="likelihood")
+  forest, advantages, batch = batch_of(GROUP, "sequence")
+  cfg = loss_config(**PLAIN, kind="likelihood", normalization="sequence")
 
   def formula(logprobs, rows):
     own = jnp.where(rows["loss_mask"], rows["advantages"] * logprobs, 0)
-    return -own.sum() / rows["loss_mask"].sum()
+    lengths = np.maximum(rows["loss_mask"].sum(1), 1)
+    return -(own.sum(1) / lengths).sum() / rows["loss_mask"].any(1).sum()
 
   assert_is(batch._replace(old_logprobs=batch.old_logprobs - 9), cfg, forest, advantages, formula)
 
