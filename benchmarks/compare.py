@@ -1,7 +1,8 @@
 """Methods, seeds and tasks under equal budgets: runs them, prints tables, draws curves.
 
   python -m benchmarks.compare --folder=runs/compare --tasks arithmetic --arms tokens --tokens=5e6
-  python -m benchmarks.compare --folder=runs/compare --only calibration --seconds=150 --arms seconds
+  python -m benchmarks.compare --folder=runs/compare --arms seconds --seconds=150 \\
+      --only warm_start calibration
   python -m benchmarks.compare --folder=runs/sweep --methods grpo --arms own --only warm_start sweep
 
 First come warm starts, one a task and seed, shared by all methods; then a short run of each method

@@ -5,6 +5,8 @@ Every method's config takes them from here, and adds what is the method's own.
 
 import dataclasses
 
+from spo_jax.config import WarmStartConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
@@ -16,6 +18,8 @@ class Embedded:
   max_prompt_tokens: int
   max_response_tokens: int
   tree_segments: tuple[int, ...]  # M of SPO-tree's levels but the last
+  # It stops early on purpose: that leaves RL most of the way.
+  warm_start: WarmStartConfig = WarmStartConfig(target_accuracy=0.24)
 
 
 ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(13, 13))
@@ -24,7 +28,16 @@ EMBEDDED = {
   "filler": dataclasses.replace(
     ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(16, 16)
   ),
-  "countdown": Embedded("countdown", "plain", "countdown", 12, 38, tree_segments=(7, 8)),
+  # A first operation has 5 to 8 tokens, a try about 14.
+  "countdown": Embedded(
+    "countdown",
+    "plain",
+    "countdown",
+    max_prompt_tokens=12,
+    max_response_tokens=38,
+    tree_segments=(7, 8),
+    warm_start=WarmStartConfig(max_steps=1500, eval_every=50, target_accuracy=0.24),
+  ),
 }
 
 
@@ -33,7 +46,7 @@ def apply_embedded(config, task: Embedded) -> None:
   config.data.name = task.data
   config.data.variant = task.variant
   config.data.grader = task.grader
-  config.warm_start.target_accuracy = 0.24  # early on purpose: it leaves RL most of the way
+  config.warm_start.update(dataclasses.asdict(task.warm_start))
   config.rollout.max_prompt_tokens = task.max_prompt_tokens
   config.rollout.max_response_tokens = task.max_response_tokens
   config.rollout.temperature = 1.0

@@ -8,6 +8,7 @@ a CPU: four to five minutes on two cores, warm start included, for a sampled tes
 
   python -m spo_jax.main --config=configs/spo_tree.py --workdir=runs/spo_tree
   python -m spo_jax.main --config=configs/spo_tree.py:filler --workdir=runs/spo_tree_filler
+  python -m spo_jax.main --config=configs/spo_tree.py:countdown --workdir=runs/spo_tree_countdown
   python -m spo_jax.main --config=configs/spo_tree.py:qwen1.5b_math --workdir=runs/qwen
 
 `spo_jax/config.py` lists every field with its default; any of them is set as --config.field=value.

@@ -102,6 +102,7 @@ class RolloutConfig:
   )  # tree: M by depth; the last segment takes what is left
   samples: int = 8  # chain, group: trajectories a prompt
   probes: int = 9  # chain: rollouts at a cut
+  probe_where: str = "all"  # chain: or "mixed", prompts whose trajectories differ in reward
   cuts_per_group: int = 2  # chain: cuts of a trajectory that are probed together
   temperature: float = 1.0
   top_k: int = 0  # 0 keeps all

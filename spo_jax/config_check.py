@@ -63,6 +63,7 @@ _POSITIVE = (
 )
 _CHOICES = {
   "rollout.strategy": ("tree", "chain", "group"),
+  "rollout.probe_where": ("all", "mixed"),
   "partition.kind": ("adaptive", "fixed", "equal", "token", "response", "delimiter"),
   "advantage.kind": ("difference", "normalized", "leave_one_out", "prover", "reward"),
   "loss.kind": ("ppo_clip", "likelihood", "dpo_positive"),

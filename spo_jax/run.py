@@ -35,6 +35,7 @@ class Run:
   model: DecoderConfig
   pretrained: Pretrained | None  # None: parameters are random at first
   task: Task
+  delimiter_ids: tuple[int, ...]  # tokens that end a segment; empty unless the partition has any
 
   def key(self, stream: str) -> jax.Array:
     """The root key of a named stream of random numbers."""
@@ -80,8 +81,8 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   """Builds the parts of a run and checks them against each other. The caller closes it.
 
   Raises:
-    UserError: if a batch does not divide over the mesh, or the model or its attention cannot be
-      used; see `open_task` for what the data may lack.
+    UserError: if a batch does not divide over the mesh, the model or its attention cannot be used,
+      or no token has the delimiter of the partition; see `open_task` for what the data may lack.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
@@ -104,7 +105,10 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   )
   if model is None:
     model = new_decoder(config.new_model, config.compute, len(task.tokenizer))
-  return Run(config, workdir, progress, mesh, model.on(mesh), pretrained, task)
+  delimiters = ()
+  if config.rollout.strategy == "chain" and config.partition.kind == "delimiter":
+    delimiters = delimiter_ids(task.tokenizer, config.partition.delimiter)
+  return Run(config, workdir, progress, mesh, model.on(mesh), pretrained, task, delimiters)
 
 
 def make_sampler(

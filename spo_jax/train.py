@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -18,7 +19,7 @@ from spo_jax.infra.report import write_report
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.notices import Notices
 from spo_jax.rewards import shape_unfinished
-from spo_jax.run import Run, delimiter_ids
+from spo_jax.run import Run
 from spo_jax.sampling import strategies
 from spo_jax.training.estimate import Estimate, estimate
 from spo_jax.training.pairs import match_pairs
@@ -107,22 +108,14 @@ def sample(
   Returns:
     (forest, rewards [N] to train on with NaN at inner nodes, metrics).
   """
-  config = run.config
   began = time.perf_counter()
   with run.progress.bar("rollout", total=2) as advance:
-    forest = grow(run, params, run.task.prompts(records, run.key("rollout"), "ordinal"))
+    forest = grow(run, params, run.task.prompts(records, run.key("rollout"), "ordinal"), records)
     advance(1)
     sampled = time.perf_counter()
-    leaves = np.flatnonzero(forest.leaf)
-    rewards = np.full(len(forest.parent), np.nan, np.float32)
-    texts = run.task.texts([forest.response(leaf) for leaf in leaves])
-    answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
-    rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
-    if not config.advantage.grade_unfinished:
-      cut_off = forest.leaf & ~forest.finished
-      rewards = shape_unfinished(rewards, cut_off, config.advantage.unfinished_penalty)
+    rewards, failed = grade(run, forest, records)
     advance(1)
-  own = leaves[~forest.probe[leaves]]
+  own = np.flatnonzero(forest.leaf & ~forest.probe)
   path_tokens = [len(forest.response(leaf)) for leaf in own]
   return (
     forest,
@@ -132,7 +125,7 @@ def sample(
       "train/finished": float(np.mean(forest.finished[own])),
       "train/response_tokens": float(np.mean(path_tokens)),
       "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
-      "train/grader_failures": int(failed.sum()),
+      "train/grader_failures": failed,
       "time/rollout_s": sampled - began,
       "time/grade_s": time.perf_counter() - sampled,
     },
@@ -149,7 +142,37 @@ def _tree_mean(forest: Forest, rewards: np.ndarray, leaves: np.ndarray) -> float
   return float(np.average(rewards[leaves], weights=weight[leaves]))
 
 
-def grow(run: Run, params: Any, prompts: strategies.Prompts) -> Forest:
+def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
+  """Rewards to train on.
+
+  Returns:
+    ([N] float32, NaN at inner nodes; number of leaves that the grader failed on).
+  """
+  advantage = run.config.advantage
+  leaves = np.flatnonzero(forest.leaf)
+  rewards = np.full(len(forest.parent), np.nan, np.float32)
+  texts = run.task.texts([forest.response(leaf) for leaf in leaves])
+  answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
+  rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
+  if not advantage.grade_unfinished:
+    cut_off = forest.leaf & ~forest.finished
+    rewards = shape_unfinished(rewards, cut_off, advantage.unfinished_penalty)
+  return rewards, int(failed.sum())
+
+
+def disagree(run: Run, records: list[dict[str, Any]], trajectories: Forest) -> np.ndarray:
+  """[R] bool, prompts whose trajectories differ in reward."""
+  rewards, _ = grade(run, trajectories, records)
+  leaves = np.flatnonzero(trajectories.leaf)
+  least, most = np.full(len(records), np.inf), np.full(len(records), -np.inf)
+  np.minimum.at(least, trajectories.tree[leaves], rewards[leaves])
+  np.maximum.at(most, trajectories.tree[leaves], rewards[leaves])
+  return most > least
+
+
+def grow(
+  run: Run, params: Any, prompts: strategies.Prompts, records: list[dict[str, Any]]
+) -> Forest:
   """Samples the forest that the config asks for."""
   config, rollout = run.config, run.config.rollout
   sampler = run.sampler(temperature=rollout.temperature, truncate=True)
@@ -170,9 +193,10 @@ def grow(run: Run, params: Any, prompts: strategies.Prompts) -> Forest:
       interval=config.partition.interval,
       length=config.partition.length,
       parts=config.partition.parts,
-      delimiter_ids=delimiter_ids(run.task.tokenizer, config.partition.delimiter),
+      delimiter_ids=run.delimiter_ids,
     ),
     cuts_per_group=rollout.cuts_per_group,
+    probe=functools.partial(disagree, run, records) if rollout.probe_where == "mixed" else None,
   )
 
 

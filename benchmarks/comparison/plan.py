@@ -46,10 +46,14 @@ class Plan:
   fields: Fields
   budgets: Budgets
   calibration_iterations: int
+  _configs: dict[tuple[str, str], Config] = dataclasses.field(default_factory=dict)
 
-  def config(self, method: Method, task: str, fields: Fields | None = None) -> Config:
+  def config(self, method: Method, task: str) -> Config:
     """The config of a method on a task."""
-    return load_config(method, task, {**self.fields, **(fields or {})})
+    key = (method.name, task)
+    if key not in self._configs:
+      self._configs[key] = load_config(method, task, self.fields)
+    return self._configs[key]
 
   def updates(self, method: Method, task: str) -> int:
     """Updates of an iteration."""

@@ -14,9 +14,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":", "-.")  # the variants of a config share its colour
 AXES = (("updates", 1, "updates"), ("sampled_tokens", 1e6, "million sampled tokens"))
 AXES += (("seconds", 1, "seconds of training"),)
-WIDTH, HEIGHT, DPI = 11.0, 3.8, 150
+WIDTH, HEIGHT, DPI = 11.0, 3.8, 150  # inches, inches, dots an inch
+LINE, BAND = 1.6, 0.12  # width of a line, in points; opacity of a band
 LABEL_SHARE = 0.055  # height of a label, of the axis
-LABEL_GAP = 0.03  # between the end of the axis and the labels, of the axis
+SAMPLE = (1.02, 1.09)  # where a label's piece of line begins and ends, of the axis
+LABEL_AT = 1.11  # where its name begins
 
 
 def styles(methods: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -74,9 +76,9 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> str:
     for method, style in zip(methods, chosen, strict=True):
       at, mean, half = curve(method, axis).T
       panel.fill_between(
-        at / unit, mean - half, mean + half, color=style["color"], alpha=0.12, lw=0
+        at / unit, mean - half, mean + half, color=style["color"], alpha=BAND, lw=0
       )
-      panel.plot(at / unit, mean, lw=1.6, **style)
+      panel.plot(at / unit, mean, lw=LINE, **style)
     panel.set_xlabel(caption)
     panel.set_xlim(left=0)
     panel.grid(axis="y", color="0.9")
@@ -96,12 +98,21 @@ def label(panel, methods: Sequence[Mapping[str, Any]], chosen: Sequence[dict[str
   ends = [curve(method, "updates")[-1, 1] for method in methods]
   heights = spaced(ends, LABEL_SHARE * (high - low))
   for method, style, height in zip(methods, chosen, heights, strict=True):
-    panel.annotate(
+    panel.plot(
+      SAMPLE,
+      (height, height),
+      transform=panel.get_yaxis_transform(),
+      clip_on=False,
+      lw=LINE,
+      **style,
+    )
+    panel.text(
+      LABEL_AT,
+      height,
       method["name"],
-      (1 + LABEL_GAP, height),
-      xycoords=("axes fraction", "data"),
+      transform=panel.get_yaxis_transform(),
       color=style["color"],
       va="center",
       fontsize=9,
-      annotation_clip=False,
     )
+  panel.set_ylim(low, high)

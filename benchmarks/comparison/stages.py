@@ -163,7 +163,7 @@ class Comparison:
     method, task = cell.method, cell.task
     updates = self.plan.updates(method, task)
     tried, scores = self.swept(cell) if self._given_rate(cell) is None else ([], None)
-    fields = {"optimizer.learning_rate": rate} if (rate := self.rate(cell)) else {}
+    own_rate = self.plan.config(method, task).optimizer.learning_rate
     runs = [
       {
         "seed": run.fields["seed"],
@@ -178,7 +178,7 @@ class Comparison:
       "name": method.name,
       "config": f"{method.config}:{task}",
       "overrides": dict(method.overrides),
-      "rate": self.plan.config(method, task, fields).optimizer.learning_rate,
+      "rate": self.rate(cell) or own_rate,
       "sweep": [{"rate": rate, "accuracies": scores[rate]} for rate in tried] if scores else [],
       "pace": dataclasses.asdict(paced) if (paced := self._pace(cell)) else None,
       "runs": runs,

@@ -50,7 +50,7 @@ def page(result: Result) -> str:
 def comparison_table(result: Result) -> str:
   """A row a method: what it spent, and what it reached."""
   first = result["methods"][0]
-  against = f"- {first['name']}"
+  against = f"against {first['name']}"
   header = ["method", "rate", "seeds", "iterations", "updates", "M tokens sampled", "seconds"]
   header += ["sampled, before", "sampled, after", against, "greedy, before", "greedy, after"]
   header += [against]
@@ -76,8 +76,8 @@ def notes(result: Result) -> list[str]:
   told = [
     f"Accuracy on the {result['split']} split, one sample a problem and greedy. ± is half the "
     f"width of the {CONFIDENCE:.0%} t-interval of the mean over seeds, each with a warm start, "
-    f"prompts and random numbers of its own. '- {methods[0]['name']}' is the difference of runs of "
-    "the same seed, which begin with the same policy, and its interval. Intervals are not widened "
+    f"prompts and random numbers of its own. Against {methods[0]['name']}: the difference of runs "
+    "of the same seed, which begin with the same policy, and its interval. No interval is widened "
     "for the number of comparisons."
   ]
   source = "a calibration on its own" if methods[0]["pace"] else "the runs themselves"

@@ -156,15 +156,15 @@ ADVANTAGES: dict[str, Callable[..., jax.Array]] = {
 
 
 def make_advantage(
-  kind: str, *, eps: float, best_of: int = 4, prover_weight: float = 5.0
+  kind: str, *, eps: float, best_of: int, prover_weight: float
 ) -> Callable[[ForestValues, jax.Array, jax.Array], jax.Array]:
   """Looks an advantage up by name and binds its hyper-parameters.
 
   Args:
     kind: a key of `ADVANTAGES`.
     eps: for "normalized".
-    best_of: K, for "prover"; the reference's.
-    prover_weight: α, for "prover"; the reference's.
+    best_of: K, for "prover"; 4 in the reference.
+    prover_weight: α, for "prover"; 5 in the reference.
 
   Returns:
     A function (forest, parent, counted) -> [N] advantages.

@@ -166,8 +166,8 @@ def make_partition(
   threshold: float,
   interval: int,
   length: int,
+  parts: int,
   delimiter_ids: tuple[int, ...],
-  parts: int = 4,
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
   """Looks a partition up by name and binds its hyper-parameters.
 
@@ -176,8 +176,8 @@ def make_partition(
     threshold: for "adaptive", see `cutpoints`.
     interval: for "adaptive", see `cutpoints`.
     length: for "fixed", see `fixed_length`.
+    parts: for "equal", see `equal_parts`.
     delimiter_ids: for "delimiter", see `delimiters`.
-    parts: for "equal", see `equal_parts`; the reference's.
 
   Returns:
     A function (tokens, logprobs, mask) -> starts, all [B, T].
@@ -192,6 +192,6 @@ def make_partition(
     threshold=threshold,
     interval=interval,
     length=length,
-    delimiter_ids=delimiter_ids,
     parts=parts,
+    delimiter_ids=delimiter_ids,
   )

@@ -32,11 +32,9 @@ def sequence_logprobs(logprobs: jax.Array, sequence: jax.Array, *, num_sequences
   chex.assert_rank(logprobs, 2)
   chex.assert_equal_shape([logprobs, sequence])
   chex.assert_type([logprobs, sequence], [float, int])
-  member = sequence >= 0
+  # What has an id outside [0, S) is dropped.
   return jax.ops.segment_sum(
-    jnp.where(member, logprobs, 0).astype(jnp.float32).reshape(-1),
-    jnp.where(member, sequence, num_sequences).reshape(-1),  # out of range: dropped
-    num_segments=num_sequences,
+    logprobs.astype(jnp.float32).reshape(-1), sequence.reshape(-1), num_segments=num_sequences
   )
 
 

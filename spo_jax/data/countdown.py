@@ -1,7 +1,7 @@
 """The embedded task countdown: a target is to be made of three numbers, each used once.
 
 A question reads `3;5;7=22 ?`, its solution `3*5=15;15+7=22`: a first operation on two of the
-numbers, a second on the result and the third. Two in three first operations are dead ends, from
+numbers, a second on the result and the third. Three in five first operations are dead ends, from
 which the target cannot be reached, and nothing says so. Half of the solutions hold such a try, one
 or two steps of it: `3+5=8;8+7=15;wait 3*5=15;15+7=22`.
 

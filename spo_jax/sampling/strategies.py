@@ -76,6 +76,7 @@ def grow_chain(
   max_new_tokens: int,
   partition: Partition,
   cuts_per_group: int,
+  probe: Callable[[Forest], np.ndarray] | None = None,
 ) -> Forest:
   """SPO-chain: trajectories cut into segments, and `probes` rollouts from each cut.
 
@@ -93,6 +94,7 @@ def grow_chain(
       included).
     partition: where segments begin.
     cuts_per_group: cuts whose probes are decoded together against one trajectory.
+    probe: tells of the forest of trajectories which prompts are probed, [R] bool; None: all are.
 
   Returns:
     The forest: prompts, segments, probes.
@@ -118,6 +120,8 @@ def grow_chain(
   )
 
   # The state before the first token is the prompt's own: one trajectory probes it for all.
+  if probe is not None:
+    cuts &= np.repeat(probe(builder.build()), samples)[:, None]
   first_of_prompt = np.cumsum(cuts[:, 0].reshape(shape), axis=1).reshape(-1) == 1
   cuts[:, 0] &= first_of_prompt
   prefix = sampler.extend(prefix, groups, segments, np.arange(len(mask), dtype=np.int32))

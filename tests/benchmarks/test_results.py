@@ -141,6 +141,15 @@ def test_no_rates_are_the_configs_own(tmp_path):
   ]
 
 
+def test_gains_have_a_sign_in_the_table(tmp_path):
+  worse_first = lambda run: 1 - reached(run)
+  made = comparison(tmp_path, worse_first, "--rates")
+  made.warm_start()
+  made.test()
+  text = tables.comparison_table(made.results("arithmetic", "tokens"))
+  assert "| +0.050 ± 0.000 |" in text
+
+
 def test_table_and_its_notes(tmp_path):
   made = comparison(tmp_path, reached)
   for stage in (made.warm_start, made.sweep, made.test):

@@ -123,7 +123,9 @@ def test_the_verbs_are_called_as_planned(strategy, calls):
       samples=rollout.samples,
       probes=rollout.probes,
       max_new_tokens=rollout.max_response_tokens,
-      partition=make_partition("fixed", threshold=1.0, interval=1, length=5, delimiter_ids=()),
+      partition=make_partition(
+        "fixed", threshold=1.0, interval=1, length=5, parts=1, delimiter_ids=()
+      ),
       cuts_per_group=rollout.cuts_per_group,
     )
 

@@ -226,7 +226,9 @@ def test_a_response_cut_off_by_the_limit_gets_the_penalty():
 def test_grade_all_arguments():
   with pytest.raises(ValueError, match="2 responses but 1 answers"):
     rewards.grade_all(["a", "b"], ["a"], "numbers")
-  with pytest.raises(UserError, match="unknown grader 'maths', known are: game24, gsm8k"):
+  with pytest.raises(
+    UserError, match="unknown grader 'maths', known are: countdown, game24, gsm8k"
+  ):
     rewards.grade_all([], [], "maths")
   empty, failed = rewards.grade_all([], [], "numbers")
   assert empty.shape == (0,) and not failed.any()

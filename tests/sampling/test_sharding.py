@@ -10,7 +10,7 @@ from spo_jax.sampling.strategies import grow_chain, grow_tree
 from tests.tiny import shard_params, tiny_config, tiny_params, tiny_prompts, tiny_sampler
 
 CFG = tiny_config(layers=1)
-PARTITION = make_partition("fixed", threshold=0.5, interval=1, length=2, delimiter_ids=())
+PARTITION = make_partition("fixed", threshold=0.5, interval=1, length=2, parts=1, delimiter_ids=())
 
 
 def grow(mesh):
