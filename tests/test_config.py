@@ -86,6 +86,15 @@ def test_the_schedule_follows_the_number_of_updates():
     config = method.get_config()
     config.iterations, config.minibatches, config.epochs = 10, 3, 2
     assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (0, 60)
+  config = ppo.get_config("qwen1.5b_math")
+  config.iterations, config.critic_optimizer.learning_rate = 100, 1e-5
+  for optimizer in (config.optimizer, config.critic_optimizer):
+    assert (optimizer.warmup_steps, optimizer.decay_steps) == (12, 400)
+  assert config.optimizer.learning_rate == 1e-6
+  config = restem.get_config()
+  assert config.optimizer.decay_steps == 96
+  config.iterations, config.minibatches, config.epochs = 10, 3, 2
+  assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (0, 6)
 
 
 @pytest.mark.parametrize(
