@@ -333,6 +333,12 @@ def _check_method(config: Config) -> None:
     "config.rollout.strategy 'group' and config.packing.row_length of at least "
     f"{config.longest_tree}",
   )
+  _need(
+    loss.normalization != "constant" or not (chain or loss.segment_weights == "share"),
+    "config.loss.normalization 'constant' divides by the number of trained segments, each taken "
+    "for a response: it does not go with config.rollout.strategy 'chain' or segment_weights "
+    "'share'",
+  )
   whole = has_critic or loss.kind == "dpo_positive" or loss.segment_weights == "share"
   _need(
     not (config.replay.max_age and (whole or loss.normalization == "sequence")),

@@ -137,6 +137,7 @@ GROUP = {"rollout.strategy": "group"}
 CRITIC = GROUP | {"critic.trunk": "own", "advantage.kind": "reward", "advantage.train_zero": True}
 CHAIN = {"rollout.strategy": "chain"}
 DPO = GROUP | {"loss.kind": "dpo_positive", "packing.row_length": 416}
+CONSTANT = {"loss.normalization": "constant"}
 REPLAY = {"replay.max_age": 8}
 
 
@@ -177,6 +178,8 @@ REPLAY = {"replay.max_age": 8}
     (DPO, {"rollout.strategy": "tree"}, "'dpo_positive' compares responses of a group"),
     (DPO, {"packing.row_length": 384}, "config.packing.row_length of at least 408"),
     (DPO, {"loss.dpo_beta": 0.0}, "config.loss.dpo_beta is 0.0, it must be positive"),
+    (CONSTANT, CHAIN, "'constant' divides by the number of trained segments"),
+    (CONSTANT, {"loss.segment_weights": "share"}, "'constant' .* segment_weights 'share'"),
     (REPLAY, CRITIC, "config.replay keeps segments without their siblings"),
     (REPLAY, DPO, "it does not go with .* 'dpo_positive'"),
     (REPLAY, {"loss.segment_weights": "share"}, "it does not go with .* segment_weights 'share'"),
