@@ -29,6 +29,8 @@ def get_config(variant: str | None = None):
     embedded(config)
   else:
     config.critic_optimizer = config.optimizer.copy_and_resolve_references()
+    for name in ("warmup_steps", "decay_steps"):
+      config.critic_optimizer[name] = config.optimizer.get_ref(name)
   return config
 
 

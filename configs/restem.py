@@ -29,7 +29,7 @@ def get_config(variant: str | None = None):
   config.eval.every = 1
   # Each M-step has a schedule of its own: the optimiser starts anew with the policy.
   config.optimizer.warmup_steps = 0
-  config.optimizer.decay_steps = config.minibatches * config.epochs
+  config.optimizer.decay_steps = config.get_ref("minibatches") * config.get_ref("epochs")
   config.rollout.prompts = 1024
   if parse_variant(variant, grpo.VARIANTS, "arithmetic") in EMBEDDED:
     config.optimizer.learning_rate = 1e-3

@@ -5,11 +5,13 @@ built or compiled.
 import dataclasses
 import difflib
 import functools
+import math
 import typing
 from typing import Any
 
 import ml_collections
 
+from spo_jax.algorithms.kl_control import ERROR_BOUND
 from spo_jax.config import (
   EMBEDDED,
   Config,
@@ -299,6 +301,11 @@ def _check_method(config: Config) -> None:
     "config.critic estimates advantages from rewards of whole responses: it needs "
     "config.rollout.strategy 'group', config.advantage.kind 'reward' and train_zero",
   )
+  _need(
+    not (config.restart and critic.trunk == "shared"),
+    "config.restart begins every iteration with the first policy, which has no value head: it "
+    "does not go with config.critic.trunk 'shared'",
+  )
   for name in ("gamma", "lam"):
     value = _field(critic, name)
     _need(0 <= value <= 1, f"config.critic.{name} is {value}, it must be in [0, 1]")
@@ -310,6 +317,12 @@ def _check_method(config: Config) -> None:
     loss.kl_control == "fixed" or loss.kl_coef > 0,
     "config.loss.kl_control 'adaptive' needs a config.loss.kl_coef above 0 to begin with",
   )
+  responses = rollout.prompts * (rollout.samples if chain else math.prod(config.branches))
+  _need(
+    loss.kl_control == "fixed" or ERROR_BOUND * responses < loss.kl_horizon,
+    f"config.loss.kl_horizon {loss.kl_horizon} must be more than {ERROR_BOUND:g} times the "
+    f"{responses} responses of an iteration, or one iteration could bring kl_coef to 0",
+  )
   _need(
     chain or not (advantage.train_probes or advantage.pool_trajectory),
     "config.advantage.train_probes and pool_trajectory are of config.rollout.strategy 'chain'",
@@ -319,6 +332,12 @@ def _check_method(config: Config) -> None:
     "config.loss.kind 'dpo_positive' compares responses of a group in one row: it needs "
     "config.rollout.strategy 'group' and config.packing.row_length of at least "
     f"{config.longest_tree}",
+  )
+  _need(
+    loss.normalization != "constant" or not (chain or loss.segment_weights == "share"),
+    "config.loss.normalization 'constant' divides by the number of trained segments, each taken "
+    "for a response: it does not go with config.rollout.strategy 'chain' or segment_weights "
+    "'share'",
   )
   whole = has_critic or loss.kind == "dpo_positive" or loss.segment_weights == "share"
   _need(

@@ -95,7 +95,8 @@ class Learner:
     metrics = _mean(steps)
     if config.loss.kl_control == "adaptive":
       metrics["kl_coef"] = self._kl_coef
-    if math.isfinite(metrics["kl"]):  # else the updates were skipped
+    tokens = float(sum(step["tokens"] for step in steps))
+    if tokens and math.isfinite(metrics["kl"]):  # else no KL was measured
       self._kl_coef = KL_CONTROLS[config.loss.kl_control](
         self._kl_coef,
         metrics["kl"],
@@ -106,7 +107,7 @@ class Learner:
     size = np.abs(advantages[trained])
     return {
       **{f"train/{name}": value for name, value in metrics.items() if name != "tokens"},
-      "train/tokens": float(sum(step["tokens"] for step in steps)),
+      "train/tokens": tokens,
       "train/segments": counts["segments"],
       "train/advantage_abs": float(np.mean(size)) if len(size) else 0.0,
       "train/packed_tokens": counts["packed_tokens"],

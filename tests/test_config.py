@@ -6,21 +6,31 @@ import math
 import ml_collections
 import pytest
 
-from configs import grpo, spo_chain, spo_tree
+from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
 from configs.experiments import EXPERIMENTS
 from spo_jax.config import Config, default_config, parse_variant
 from spo_jax.config_check import check_field, check_mesh, from_config_dict
 from spo_jax.errors import UserError
 
+METHODS = (spo_tree, spo_chain, grpo, rloo, dr_grpo, ppo, vineppo, restem, dpo_positive)
+# A method's variants are its own, or those of the method that it starts from.
+VARIANTS = {module: spo_chain if module is vineppo else grpo for module in METHODS}
+VARIANTS |= {module: module for module in (spo_tree, spo_chain, grpo)}
+
 
 def changed(path: str, value) -> ml_collections.ConfigDict:
+  return all_changed({path: value})
+
+
+def all_changed(fields) -> ml_collections.ConfigDict:
   config = default_config()
   config.unlock()
   with config.ignore_type():
-    node, names = config, path.split(".")
-    for name in names[:-1]:
-      node = node[name]
-    node[names[-1]] = value
+    for path, value in fields.items():
+      node, names = config, path.split(".")
+      for name in names[:-1]:
+        node = node[name]
+      node[names[-1]] = value
   return config
 
 
@@ -28,9 +38,10 @@ def test_defaults_round_trip():
   assert from_config_dict(default_config(), Config) == Config()
 
 
-@pytest.mark.parametrize("module", [spo_tree, spo_chain, grpo])
+@pytest.mark.parametrize("module", METHODS)
 def test_every_variant_of_every_config_is_valid(module):
-  for variant in ["", *module.VARIANTS]:
+  known = VARIANTS[module]
+  for variant in ["", *known.VARIANTS]:
     config = module.get_config(variant)
     if variant == "own":
       with pytest.raises(UserError, match="data set 'json' needs config.model"):
@@ -41,8 +52,8 @@ def test_every_variant_of_every_config_is_valid(module):
       assert config.model == EXPERIMENTS[variant].model and config.data.name != "arithmetic"
     elif variant == "own":
       assert config.data.name == "json"
-    elif variant in module.EMBEDDED:
-      task = module.EMBEDDED[variant]
+    elif variant in known.EMBEDDED:
+      task = known.EMBEDDED[variant]
       data = (config.data.name, config.data.variant, config.data.grader)
       assert data == (task.data, task.variant, task.grader)
       assert config.rollout.max_response_tokens == task.max_response_tokens
@@ -50,7 +61,7 @@ def test_every_variant_of_every_config_is_valid(module):
     module.get_config("nope")
 
 
-@pytest.mark.parametrize("module", [spo_tree, spo_chain, grpo])
+@pytest.mark.parametrize("module", METHODS)
 def test_every_experiment_divides_over_the_machine_that_it_names(module):
   for variant, experiment in EXPERIMENTS.items():
     chips = math.prod(int(size) for size in experiment.topology.partition(":")[2].split("x"))
@@ -75,6 +86,15 @@ def test_the_schedule_follows_the_number_of_updates():
     config = method.get_config()
     config.iterations, config.minibatches, config.epochs = 10, 3, 2
     assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (0, 60)
+  config = ppo.get_config("qwen1.5b_math")
+  config.iterations, config.critic_optimizer.learning_rate = 100, 1e-5
+  for optimizer in (config.optimizer, config.critic_optimizer):
+    assert (optimizer.warmup_steps, optimizer.decay_steps) == (12, 400)
+  assert config.optimizer.learning_rate == 1e-6
+  config = restem.get_config()
+  assert config.optimizer.decay_steps == 96
+  config.iterations, config.minibatches, config.epochs = 10, 3, 2
+  assert (config.optimizer.warmup_steps, config.optimizer.decay_steps) == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +131,74 @@ def test_the_schedule_follows_the_number_of_updates():
 def test_a_value_that_cannot_work_is_named(path, value, message):
   with pytest.raises(UserError, match=message):
     from_config_dict(changed(path, value), Config)
+
+
+GROUP = {"rollout.strategy": "group"}
+CRITIC = GROUP | {"critic.trunk": "own", "advantage.kind": "reward", "advantage.train_zero": True}
+CHAIN = {"rollout.strategy": "chain"}
+DPO = GROUP | {"loss.kind": "dpo_positive", "packing.row_length": 416}
+CONSTANT = {"loss.normalization": "constant"}
+REPLAY = {"replay.max_age": 8}
+
+
+@pytest.mark.parametrize(
+  ("works", "change", "message"),
+  [
+    (CRITIC, {"rollout.strategy": "tree"}, "config.critic estimates advantages from rewards"),
+    (CRITIC, {"rollout.strategy": "chain"}, "config.critic estimates advantages from rewards"),
+    (CRITIC, {"advantage.kind": "difference"}, "needs .* config.advantage.kind 'reward'"),
+    (CRITIC, {"advantage.train_zero": False}, "config.critic .* train_zero"),
+    (CRITIC, {"critic.trunk": "both"}, "it must be one of: none, own, shared"),
+    (CRITIC, {"critic.target": "td"}, "it must be one of: return, lambda_return"),
+    (CRITIC, {"critic.gamma": 1.1}, r"config.critic.gamma is 1.1, it must be in \[0, 1\]"),
+    (CRITIC, {"critic.lam": -0.1}, r"config.critic.lam is -0.1, it must be in \[0, 1\]"),
+    (CRITIC, {"critic.value_clip": 0.0}, "config.critic.value_clip is 0.0, it must be positive"),
+    (
+      CRITIC | {"restart": True},
+      {"critic.trunk": "shared"},
+      "config.restart begins every iteration with the first policy",
+    ),
+    (CRITIC, {"critic_optimizer.decay": "step"}, "it must be one of: cosine, linear"),
+    (CRITIC | {"loss.kl_in": "reward"}, {"critic.trunk": "none"}, "'reward' needs a critic"),
+    ({}, {"loss.kl_in": "reward"}, "'reward' needs a critic"),
+    ({"loss.kl_control": "adaptive"}, {"loss.kl_coef": 0.0}, "needs a config.loss.kl_coef above 0"),
+    (
+      {"loss.kl_control": "adaptive", "loss.kl_horizon": 154},  # 96 prompts, 8 leaves each
+      {"loss.kl_horizon": 153},
+      "config.loss.kl_horizon 153 must be more than 0.2 times the 768 responses of an iteration",
+    ),
+    (
+      GROUP | {"loss.kl_control": "adaptive", "loss.kl_horizon": 154},
+      {"rollout.samples": 9},
+      "config.loss.kl_horizon 154 must be more than 0.2 times the 864 responses of an iteration",
+    ),
+    ({}, {"loss.kl_target": 0.0}, "config.loss.kl_target is 0.0, it must be positive"),
+    (CHAIN | {"advantage.train_probes": True}, GROUP, "train_probes and pool_trajectory are of"),
+    (CHAIN | {"advantage.pool_trajectory": True}, GROUP, "are of config.rollout.strategy 'chain'"),
+    (DPO, {"rollout.strategy": "tree"}, "'dpo_positive' compares responses of a group"),
+    (DPO, {"packing.row_length": 384}, "config.packing.row_length of at least 408"),
+    (DPO, {"loss.dpo_beta": 0.0}, "config.loss.dpo_beta is 0.0, it must be positive"),
+    (CONSTANT, CHAIN, "'constant' divides by the number of trained segments"),
+    (CONSTANT, {"loss.segment_weights": "share"}, "'constant' .* segment_weights 'share'"),
+    (REPLAY, CRITIC, "config.replay keeps segments without their siblings"),
+    (REPLAY, DPO, "it does not go with .* 'dpo_positive'"),
+    (REPLAY, {"loss.segment_weights": "share"}, "it does not go with .* segment_weights 'share'"),
+    (REPLAY, {"loss.normalization": "sequence"}, "it does not go with .* 'sequence'"),
+    (REPLAY, {"replay.max_age": -1}, "config.replay.max_age is -1, it must be 0"),
+    (REPLAY, {"replay.segments_per_question": 0}, "it must be positive"),
+    ({}, {"loss.kind": "dpo"}, "it must be one of: ppo_clip, likelihood, dpo_positive"),
+    ({}, {"loss.normalization": "row"}, "it must be one of: token, sequence, constant"),
+    ({}, {"loss.segment_weights": "leaf"}, "it must be one of: equal, share"),
+    ({}, {"loss.kl_control": "linear"}, "it must be one of: fixed, adaptive"),
+    ({}, {"loss.kl_in": "both"}, "it must be one of: loss, reward"),
+    ({}, {"advantage.best_of": 0}, "config.advantage.best_of is 0, it must be positive"),
+    ({}, {"partition.parts": 0}, "config.partition.parts is 0, it must be positive"),
+  ],
+)
+def test_what_does_not_go_together_is_named(works, change, message):
+  from_config_dict(all_changed(works), Config)
+  with pytest.raises(UserError, match=message):
+    from_config_dict(all_changed(works | change), Config)
 
 
 def test_a_penalty_that_no_response_is_given_is_named():

@@ -37,6 +37,16 @@ CONTRACT = {
 }
 
 
+# A grader that a random policy meets often, not always: there is something to train.
+SIGNAL = {"data__grader": "tests.rewards.hostile:has_digit", "advantage__grade_unfinished": True}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Where all runs find their data, once one has built it."""
+  return {"data__data_dir": str(tmp_path_factory.mktemp("data"))}
+
+
 def tiny_config(module, **overrides):
   config = module.get_config()
   fields = tiny_run.TINY | {name.replace("__", "."): value for name, value in overrides.items()}
@@ -52,15 +62,16 @@ def run_once(config, workdir: pathlib.Path):
 
 
 @pytest.fixture(scope="module")
-def tree_run(tmp_path_factory):
+def tree_run(tmp_path_factory, data):
   workdir = tmp_path_factory.mktemp("tree")
-  config = tiny_config(spo_tree)
+  config = tiny_config(spo_tree, **SIGNAL, **data)
   return config, workdir, run_once(config, workdir)
 
 
 def test_tree_writes_what_the_contract_promises(tree_run):
   config, workdir, lines = tree_run
   assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4]
+  assert sum(line["train/skipped"] for line in lines[1:]) < 4
   for line in lines[1:]:
     assert line.keys() >= CONTRACT
   evaluated = [line["iteration"] for line in lines if "eval/accuracy" in line]
@@ -85,14 +96,26 @@ POOLED = {
   "loss__segment_weights": "share",
   "loss__normalization": "sequence",
 }
-DIGITS = (
-  "tests.rewards.hostile:has_digit"  # a grader that the random policy meets often, not always
-)
-SHARED = {
+ADAPTIVE = {"loss__kl_control": "adaptive", "loss__kl_horizon": 100}
+SHARED = ADAPTIVE | {
   "critic__trunk": "shared",
   "loss__kl_in": "reward",
-  "loss__kl_control": "adaptive",
   "loss__forward_kl_coef": 0.1,
+}
+
+
+REPLAY = {
+  "rollout__segment_tokens": (4, 4),
+  "replay__max_age": 4,
+  "replay__segments_per_question": 2,
+}
+SMALL = SIGNAL | {
+  "rollout__slots": 16,
+  "rollout__samples": 4,
+  "rollout__max_response_tokens": 16,
+  "iterations": 2,
+  "new_model__layers": 1,
+  "warm_start__max_steps": 0,
 }
 
 
@@ -105,24 +128,14 @@ SHARED = {
     pytest.param(grpo, {}, id="group"),
     pytest.param(rloo, {}, id="rloo"),
     pytest.param(dr_grpo, {}, id="dr_grpo"),
-    pytest.param(ppo, {}, id="ppo"),
+    pytest.param(ppo, ADAPTIVE, id="ppo"),
     pytest.param(ppo, SHARED, id="ppo-shared"),
     pytest.param(restem, {"minibatches": 2, "epochs": 2}, id="restem"),
     pytest.param(dpo_positive, {"minibatches": 2, "epochs": 2}, id="dpo_positive"),
   ],
 )
-def test_every_method_runs(module, overrides, tmp_path):
-  small = {
-    "rollout__slots": 16,
-    "rollout__samples": 4,
-    "rollout__max_response_tokens": 16,
-    "iterations": 2,
-    "data__grader": DIGITS,
-    "advantage__grade_unfinished": True,
-    "new_model__layers": 1,
-    "warm_start__max_steps": 0,
-  }
-  lines = run_once(tiny_config(module, **small | overrides), tmp_path)
+def test_every_method_runs(module, overrides, tmp_path, data):
+  lines = run_once(tiny_config(module, **SMALL | data | overrides), tmp_path)
   assert lines[-1].keys() >= CONTRACT
   assert lines[-1]["tokens/sampled"] > 0
   assert lines[-1]["train/skipped"] < 0.5 and lines[-1]["train/segments"] > 0
@@ -146,3 +159,27 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
     saved.append(checkpoints.restore(4, state)[0])
     checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, *saved)
+
+
+@pytest.mark.parametrize(
+  ("module", "overrides"),
+  [
+    pytest.param(ppo, ADAPTIVE, id="critic-and-kl"),
+    pytest.param(spo_tree, REPLAY, id="replay"),
+  ],
+)
+def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path, data):
+  fields = SMALL | data | overrides | {"iterations": 3, "checkpoint__every": 1}
+  config = tiny_config(module, **fields)
+  run_once(config, tmp_path / "whole")
+  run_once(dataclasses.replace(config, iterations=2), tmp_path / "resumed")
+  lines = run_once(config, tmp_path / "resumed")
+  got, want = (tiny_run.metrics_without_timings(tmp_path / name) for name in ("resumed", "whole"))
+  # The shorter run evaluated its last iteration too.
+  assert [got[0], got[1], got[3]] == [want[0], want[1], want[3]]
+  assert all(line["train/skipped"] < 1 for line in lines[1:])
+  if module is ppo:
+    assert lines[3]["train/kl_coef"] != lines[2]["train/kl_coef"] != config.loss.kl_coef
+  else:
+    assert lines[1]["replay/waiting"] > 0 and lines[3]["replay/expired"] == 0
+    assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new

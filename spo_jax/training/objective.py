@@ -132,8 +132,9 @@ def unit_scale(loss_cfg: LossConfig, batch: PackedForest, used_M: jax.Array) -> 
   """1 / what the policy loss is a mean over, in the micro-batches `used_M` [M] bool.
 
   "token": loss tokens, by their weights (DAPO, arXiv 2503.14476, eq. 12). "sequence": sequences,
-  whose tokens weigh 1 / their number (GRPO, arXiv 2402.03300, eq. 3). "constant": sequences times
-  the longest response (Dr. GRPO, arXiv 2503.20783). Pairs for "dpo_positive".
+  whose tokens weigh 1 / their number (GRPO, arXiv 2402.03300, eq. 3). "constant": segments,
+  which are responses in a group, times the longest response (Dr. GRPO, arXiv 2503.20783). Pairs
+  for "dpo_positive".
   """
   if loss_cfg.kind == "dpo_positive":
     units = jnp.sum((batch.pairs[..., 0] >= 0) & used_M[:, None], dtype=jnp.float32)

@@ -8,7 +8,11 @@ import numpy as np
 
 from spo_jax.forest import Forest, ForestBuilder
 from spo_jax.models.decoder import forward, token_logits
+from spo_jax.training.step import policy_gradient
 from tests.tiny import VOCAB
+
+# Compiled once for all tests that take it with the same shapes.
+packed_gradient = jax.jit(policy_gradient, static_argnums=(0, 1))
 
 
 def _add(builder, rng, parents, lengths, *, finished=None, probe=False):

@@ -156,3 +156,35 @@ def test_tolerance():
   for tolerance, trained in ((0.06, []), (0.04, [1, 2])):
     got = estimate(group, rewards, AdvantageConfig(tolerance=tolerance), probed=False)
     assert np.flatnonzero(got.trained).tolist() == trained
+
+
+def test_segments_without_an_advantage_are_trained_if_asked_for():
+  got = estimate(TREE, TREE_REWARDS, AdvantageConfig(train_zero=True), probed=False)
+  assert np.flatnonzero(got.trained).tolist() == [*range(2, 11)]
+
+
+def test_probes_are_trained_and_the_trajectory_counts_if_asked_for():
+  """A prompt with a trajectory of two segments, and two probes from each state."""
+  rows = [ROOT, (0, INNER, False), (1, LEAF, False)]
+  rows += [(parent, LEAF, True) for parent in (0, 0, 1, 1)]
+  rewards = np.array([np.nan, np.nan, 1, 0, 1, 1, 0.5], np.float32)
+  got = estimate(forest_of(rows), rewards, AdvantageConfig(train_probes=True), probed=True)
+  assert_estimate(
+    got,
+    values=[0.5, 0.75, 1, 0, 1, 1, 0.5],
+    advantages=[0, 0.25, 0.25, -0.5, 0.5, 0.25, -0.25],
+    trained=[1, 2, 3, 4, 5, 6],
+  )
+  cfg = AdvantageConfig(pool_trajectory=True)
+  got = estimate(forest_of(rows), rewards, cfg, probed=True)
+  after = 2.5 / 3  # of the trajectory's own end and the probes'
+  prompt = (1 + after) / 3
+  assert_estimate(
+    got,
+    values=[prompt, after, 1, 0, 1, 1, 0.5],
+    advantages=[
+      0,
+      *np.subtract([after, 1, 0, 1, 1, 0.5], [prompt, after, prompt, prompt, after, after]),
+    ],
+    trained=[1, 2],
+  )

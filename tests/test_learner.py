@@ -1,0 +1,89 @@
+"""The learner: what an update keeps, and what it begins anew."""
+
+import contextlib
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import restem
+from spo_jax.config import Config
+from spo_jax.config_check import from_config_dict
+from spo_jax.infra.mesh import make_mesh
+from spo_jax.learner import Learner, TrainingSet
+from tests.tiny import tiny_config, tiny_params
+from tests.training.forests import own_segments, tree_forest
+
+MODEL = tiny_config(layers=1)
+FOREST = tree_forest(np.random.default_rng(4), (3,), (7,), prompts=(3, 2, 4, 3), ragged=True)
+ADVANTAGES = np.random.default_rng(0).random(len(FOREST.parent)).astype(np.float32)
+
+
+class Silent:
+  @contextlib.contextmanager
+  def bar(self, name, total):
+    yield lambda done: None
+
+
+def learner(**overrides) -> Learner:
+  config = restem.get_config()
+  fields = {
+    "rollout.prompts": 4,
+    "rollout.samples": 3,
+    "rollout.max_prompt_tokens": 4,
+    "rollout.max_response_tokens": 7,
+    "packing.row_length": 32,
+    "packing.rows": 1,
+    "packing.query_block": 16,
+    "packing.key_block": 8,
+    "minibatches": 2,
+    "epochs": 1,
+    "loss.kl_coef": 0.1,
+    "loss.kl_control": "adaptive",
+    "loss.kl_horizon": 30,
+  }
+  config.update_from_flattened_dict(
+    fields | {k.replace("__", "."): v for k, v in overrides.items()}
+  )
+  run = types.SimpleNamespace(
+    config=from_config_dict(config, Config),
+    mesh=make_mesh(1, 1, 1),
+    model=MODEL,
+    progress=Silent(),
+  )
+  return Learner(run, tiny_params(MODEL))
+
+
+def host(tree):
+  return jax.tree.map(np.array, tree)  # a copy: the next update donates
+
+
+def same(a, b) -> bool:
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.all(x == y)), a, b)))
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_restart_trains_the_first_policy_anew(restart):
+  trained = TrainingSet(FOREST, ADVANTAGES, own_segments(FOREST))
+  # The weight of the KL is another by the second update: a likelihood's restart is exact without.
+  learning = learner(restart=restart, loss__kl_in="loss", loss__kl_control="fixed")
+  learning.update(trained)
+  first = host(learning.arrays())
+  assert int(first.step) == 2
+  learning.update(trained)
+  assert same(host(learning.arrays()), first) == restart
+  assert not same(first.params, tiny_params(MODEL))
+
+
+def test_the_weight_of_the_kl_follows_what_was_measured():
+  learning = learner()
+  trained = TrainingSet(FOREST, ADVANTAGES, own_segments(FOREST))
+  metrics = learning.update(trained)
+  assert metrics["train/kl_coef"] == 0.1 and metrics["train/kl"] < 0.008
+  weight = learning.record()["kl_coef"]
+  np.testing.assert_allclose(weight, 0.1 * (1 - 0.2 * 12 / 30))  # 12 responses
+  # Where nothing was trained, no KL was measured.
+  metrics = learning.update(trained._replace(trained=np.zeros(len(FOREST.parent), bool)))
+  assert metrics["train/skipped"] == 1
+  assert learning.record()["kl_coef"] == weight
