@@ -87,7 +87,7 @@ class Learner:
       pack_config(config),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
-      most_pairs=config.rollout.prompts * config.rollout.samples // 2,
+      most_pairs=most_pairs(config),
     )
     packed_at = time.perf_counter()
     batch = self._prepare(packed, counts["micro_batches"])
@@ -175,6 +175,11 @@ def _mean(steps: list[dict[str, Any]]) -> dict[str, float]:
 def needs_reference(config: Config) -> bool:
   """Whether a run keeps the parameters that it began with."""
   return loss_config(config).needs_reference or config.restart
+
+
+def most_pairs(config: Config) -> int:
+  """Pairs of responses that an iteration can have."""
+  return config.rollout.prompts * config.rollout.samples // 2
 
 
 def pack_config(config: Config) -> packing.PackConfig:

@@ -16,20 +16,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
-from spo_jax.learner import loss_config, pack_config
+from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
 from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.run import make_sampler
 from spo_jax.sampling import verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
+from spo_jax.training.objective import VALUE_HEAD
 from spo_jax.training.packing import PackConfig, PackedForest
 from spo_jax.training.prepare import prepare
 from spo_jax.training.step import (
   TrainState,
   compiled_step,
+  critic_step,
   new_state,
   state_shardings,
   train_step,
 )
+from spo_jax.training.weights import has_weights
 
 STOP_IDS = (0,)  # stands for those of the tokenizer: memory does not depend on them
 
@@ -62,6 +65,8 @@ def abstract_params(setup: Setup):
 def abstract_state(setup: Setup) -> TrainState:
   """Shapes and shardings of what the optimiser changes."""
   params, optimizer = abstract_params(setup), setup.config.optimizer
+  if setup.config.critic.trunk == "shared":
+    params = _with_value_head(setup, params)
   shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
   return _placed(shapes, state_shardings(params, optimizer))
 
@@ -76,9 +81,25 @@ def _in_rows(setup: Setup, tree):
   return _placed(tree, jax.tree.map(lambda _: row_sharding(setup.mesh), tree))
 
 
-def abstract_batch(cfg: PackConfig, mesh: Mesh) -> PackedForest:
+def abstract_critic(setup: Setup) -> TrainState | None:
+  """Shapes and shardings of a critic of its own."""
+  if setup.config.critic.trunk != "own":
+    return None
+  params, optimizer = _with_value_head(setup, abstract_params(setup)), setup.config.critic_optimizer
+  shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
+  return _placed(shapes, state_shardings(params, optimizer))
+
+
+def _with_value_head(setup: Setup, params):
+  whole = NamedSharding(setup.mesh, PartitionSpec())
+  head = jax.ShapeDtypeStruct((setup.model.width,), jnp.float32, sharding=whole)
+  return params | {VALUE_HEAD: head}
+
+
+def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
   """Shapes and shardings of `packing.pack`'s batch, as `shard_batch` places it."""
   M, B, T = cfg.min_micro_batches, cfg.rows, cfg.row_length
+  pairs = config.loss.kind == "dpo_positive"
   J, N = T // cfg.key_block, T // cfg.query_block
 
   def array(dtype, *shape):
@@ -96,29 +117,69 @@ def abstract_batch(cfg: PackConfig, mesh: Mesh) -> PackedForest:
     ref_logprobs=array(jnp.float32, M, B, T),
     key_blocks=array(jnp.int32, M, B, N, cfg.key_blocks),
     segments=array(jnp.int32, M),
+    weights=array(jnp.float32, M, B, T) if has_weights(config) else None,
+    sequence=array(jnp.int32, M, B, T) if pairs else None,
+    pairs=array(jnp.int32, M, most_pairs(config), 2) if pairs else None,
   )
+
+
+def prepared_batch(setup: Setup, batch: PackedForest) -> PackedForest:
+  """Shapes and shardings of what `prepare` makes of a batch."""
+  tokens, loss = batch.tokens, setup.config.loss
+  like = lambda dtype, *more: jax.ShapeDtypeStruct(
+    (*tokens.shape, *more), dtype, sharding=tokens.sharding
+  )
+  if loss.forward_kl_coef:
+    batch = batch._replace(ref_hidden=like(setup.model.dtype, setup.model.width))
+  if setup.config.critic.trunk != "none":
+    batch = batch._replace(values=like(jnp.float32), returns=like(jnp.float32))
+  return batch
 
 
 def update_programs(setup: Setup) -> Iterator[Program]:
-  """`prepare` and `train_step`."""
+  """`prepare`, `train_step` and, with a critic of its own, `critic_step`."""
   config, loss_cfg = setup.config, loss_config(setup.config)
-  state = abstract_state(setup)
-  ref_params = state.params if config.loss.kl_coef else None
-  batch = abstract_batch(pack_config(config), setup.mesh)
+  state, critic, reference = abstract_state(setup), abstract_critic(setup), _reference(setup)
+  read = reference if loss_cfg.needs_reference else None
+  of_critic = state if config.critic.trunk == "shared" else critic
+  batch = abstract_batch(pack_config(config), config, setup.mesh)
+  prepared = prepared_batch(setup, batch)
   count = jax.ShapeDtypeStruct((), jnp.int32)
+  coef = jax.ShapeDtypeStruct((), jnp.float32) if config.loss.kl_control == "adaptive" else None
   yield Program(
     "prepare",
     "update",
-    lambda: prepare.lower(setup.model, loss_cfg, ref_params, batch, count),
-    beside=state,
+    lambda: prepare.lower(
+      setup.model,
+      loss_cfg,
+      read,
+      batch,
+      count,
+      critic_params=None if of_critic is None else of_critic.params,
+      kl_coef=coef,
+    ),
+    beside=state if critic is None else (state, critic.opt_state),
   )
   step = compiled_step(train_step, state)
+  forward_kl = reference if config.loss.forward_kl_coef else None
   yield Program(
     "train_step",
     "update",
-    lambda: step.lower(setup.model, loss_cfg, config.optimizer, state, batch, count, count),
-    beside=ref_params,
+    lambda: step.lower(
+      setup.model, loss_cfg, config.optimizer, state, prepared, count, count, coef, forward_kl
+    ),
+    beside=reference if critic is None else (reference, critic),
   )
+  if critic is not None:
+    value_step = compiled_step(critic_step, critic)
+    yield Program(
+      "critic_step",
+      "update",
+      lambda: value_step.lower(
+        setup.model, loss_cfg, config.critic_optimizer, critic, prepared, count, count
+      ),
+      beside=(reference, state),
+    )
 
 
 def sampling_programs(setup: Setup) -> Iterator[Program]:
@@ -221,7 +282,7 @@ def _extend(setup: Setup, sampler: Sampler, level: _Level, label: str = "") -> P
 
 
 def _reference(setup: Setup):
-  return abstract_params(setup) if setup.config.loss.kl_coef else None
+  return abstract_params(setup) if needs_reference(setup.config) else None
 
 
 def _prefix(setup: Setup, rows: int, tokens: int) -> verbs.Prefix:

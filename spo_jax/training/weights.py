@@ -18,10 +18,10 @@ def segment_weights(forest: Forest, trained: np.ndarray, config: Config) -> np.n
   Returns:
     [N] float32; None if all are 1.
   """
+  if not has_weights(config):
+    return None
   by_share = config.loss.segment_weights == "share"
   by_sequence = config.loss.normalization == "sequence"
-  if not (by_share or by_sequence):
-    return None
   weights = shares(forest, probes=config.advantage.train_probes) if by_share else trained
   weights = weights.astype(np.float32)
   if by_sequence:
@@ -34,6 +34,11 @@ def segment_weights(forest: Forest, trained: np.ndarray, config: Config) -> np.n
     tokens = np.bincount(owner[node[mask]], minlength=len(trained))
     weights = weights / np.maximum(tokens, 1)[owner].astype(np.float32)
   return weights
+
+
+def has_weights(config: Config) -> bool:
+  """Whether tokens weigh differently in the policy loss."""
+  return config.loss.segment_weights == "share" or config.loss.normalization == "sequence"
 
 
 def shares(forest: Forest, *, probes: bool) -> np.ndarray:

@@ -34,9 +34,32 @@ def test_batch_and_state_are_those_of_a_run():
   advantages = np.ones(len(forest.parent), np.float32)
   packed, _ = pack(forest, advantages, own_segments(forest), shape)
   batch = shard_batch(setup.mesh, packed)
-  assert placed(programs.abstract_batch(shape, setup.mesh)) == placed(batch)
+  assert placed(programs.abstract_batch(shape, CONFIG, setup.mesh)) == placed(batch)
   state = init_state(shard_params(MODEL, setup.mesh, tiny_params(MODEL)), CONFIG.optimizer)
   assert placed(programs.abstract_state(setup)) == placed(state)
+
+
+GROUP = {"strategy": "group"}
+CRITIC = {"rollout": GROUP, "advantage": {"kind": "reward", "train_zero": True}}
+PLAIN = ["prepare", "train_step"]
+
+
+@pytest.mark.parametrize(
+  ("sections", "names"),
+  [
+    ({"loss": {"segment_weights": "share", "kl_control": "adaptive"}}, PLAIN),
+    ({"loss": {"forward_kl_coef": 0.1}}, PLAIN),
+    ({"loss": {"kind": "dpo_positive", "kl_coef": 0.0}, "rollout": GROUP}, PLAIN),
+    (CRITIC | {"critic": {"trunk": "shared"}}, PLAIN),
+    (CRITIC | {"critic": {"trunk": "own"}, "loss": {"kl_in": "reward"}}, [*PLAIN, "critic_step"]),
+  ],
+)
+def test_the_updates_of_every_method_are_lowered(sections, names):
+  found = []
+  for program in programs.update_programs(setup_of(**sections)):
+    program.lower()
+    found.append(program.name)
+  assert found == names
 
 
 class Recorder:
