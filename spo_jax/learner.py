@@ -185,9 +185,7 @@ def most_pairs(config: Config) -> int:
 def pack_config(config: Config) -> packing.PackConfig:
   """The shape of the packed batch, fixed for the whole run."""
   rows = config.packing
-  shape = packing.PackConfig(
-    rows.row_length, rows.rows, rows.query_block, rows.key_block, updates=config.minibatches
-  )
+  shape = packing.PackConfig(rows.row_length, rows.rows, rows.query_block, rows.key_block)
   return packing.with_room(
     shape, config.longest_segments, config.longest_tree, config.rollout.prompts
   )

@@ -53,7 +53,6 @@ class PackConfig:
   key_block: int  # L, keys of an attention block
   key_blocks: int = 0  # W; 0 takes what the batch needs
   min_micro_batches: int = 1  # M, so that its shape need not change; doubled until the batch fits
-  updates: int = 1  # micro-batches that rows are dealt over at least, if there are as many rows
 
   def __post_init__(self):
     for whole, part in (("row_length", "query_block"), ("query_block", "key_block")):
@@ -106,7 +105,7 @@ def pack(
   """
   pieces = _cut_into_pieces(forest, trained, cfg.row_length)
   rows = _fill_rows([piece.size for piece in pieces], cfg.row_length)
-  micro_batches = max(-(-len(rows) // cfg.rows), min(cfg.updates, len(rows)))
+  micro_batches = -(-len(rows) // cfg.rows)
   room = cfg.min_micro_batches
   while room < micro_batches:  # of few shapes, since each is a compilation
     room *= 2
@@ -264,8 +263,7 @@ def with_room(
   half_full = -(-2 * trees * tree_tokens // cfg.row_length) + 1
   rows = min(-(-trees // in_row), half_full) if in_row else 2 * half_full
   key_blocks = key_blocks_bound(path_lengths, cfg.query_block, cfg.key_block, cfg.row_length)
-  micro_batches = max(-(-rows // cfg.rows), cfg.updates)
-  return dataclasses.replace(cfg, key_blocks=key_blocks, min_micro_batches=micro_batches)
+  return dataclasses.replace(cfg, key_blocks=key_blocks, min_micro_batches=-(-rows // cfg.rows))
 
 
 def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> list[_Piece]:

@@ -323,18 +323,6 @@ def test_micro_batches_hold_the_rows():
   assert batch.segments.tolist() == [3, 3, 3, 0, 0]
 
 
-def test_rows_are_dealt_over_the_updates_as_far_as_there_are_rows():
-  rng = np.random.default_rng(2)
-  for trees, micro_batches in ((5, 3), (2, 2), (14, 4)):
-    forest = tree_forest(rng, (2,), (6,), prompts=(3,) * trees)
-    cfg = PackConfig(16, 4, 8, 8, min_micro_batches=4, updates=3)
-    batch, counts = pack(forest, np.ones(3 * trees), own_segments(forest), cfg)
-    assert (counts["rows"], counts["micro_batches"]) == (trees, micro_batches)
-    filled = batch.loss_mask.any((1, 2))
-    assert filled.tolist() == [i < micro_batches for i in range(4)]
-  assert with_room(PackConfig(64, 4, 8, 8, updates=3), [3, 6], 15, 4).min_micro_batches == 3
-
-
 def test_more_micro_batches_than_there_is_room_for_come_in_few_shapes():
   """A root of 24 tokens, 40 leaves of 5: each row of 32 holds a copy of the root and one leaf."""
   forest = tree_forest(np.random.default_rng(0), (40,), (5,), prompts=(24,))
