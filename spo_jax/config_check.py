@@ -324,6 +324,11 @@ def _check_method(config: Config) -> None:
     f"{responses} responses of an iteration, or one iteration could bring kl_coef to 0",
   )
   _need(
+    rollout.probe_where == "all" or (chain and rollout.samples > 1),
+    "config.rollout.probe_where 'mixed' asks whether a prompt's trajectories agree: it needs "
+    "config.rollout.strategy 'chain' and more than one of config.rollout.samples",
+  )
+  _need(
     chain or not (advantage.train_probes or advantage.pool_trajectory),
     "config.advantage.train_probes and pool_trajectory are of config.rollout.strategy 'chain'",
   )

@@ -19,7 +19,20 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Linux allows a process 65,530 memory maps, every compiled program takes some, and a process that
+# asks for more is aborted.
+MOST_MEMORY_MAPS = 30_000
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """Forgets compiled programs between modules when they have become many."""
+  yield
+  if MEMORY_MAPS.exists() and MEMORY_MAPS.read_text().count("\n") > MOST_MEMORY_MAPS:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
