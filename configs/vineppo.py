@@ -17,6 +17,8 @@ def get_config(variant: str | None = None):
   """The config of a variant: see `spo_chain.py`."""
   config = spo_chain.get_config(variant)
   config.partition.kind = "delimiter"
+  config.advantage.train_probes = config.advantage.pool_trajectory = False
+  config.loss.segment_weights = "equal"
   config.loss.use_probability_mask = False
   embedded = parse_variant(variant, spo_chain.VARIANTS, "arithmetic") in EMBEDDED
   config.partition.delimiter = ";" if embedded else "\n"

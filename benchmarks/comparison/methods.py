@@ -37,6 +37,16 @@ METHODS = (
   Method("grpo_mask", "configs/grpo.py", {"loss.use_probability_mask": True}),
   Method("grpo_all_rows", "configs/grpo.py", {"advantage.train_zero": True}),
   Method("spo_tree_no_mask", "configs/spo_tree.py", {"loss.use_probability_mask": False}),
+  # SPO-chain as in the paper: probes estimate values and are thrown away.
+  Method(
+    "spo_chain_paper",
+    "configs/spo_chain.py",
+    {
+      "advantage.train_probes": False,
+      "advantage.pool_trajectory": False,
+      "loss.segment_weights": "equal",
+    },
+  ),
 )
 TASKS = ("arithmetic", "filler", "countdown")  # variants that every method's config has
 
