@@ -139,7 +139,7 @@ def _jackknife(values: list[float]) -> float:
 
 
 def signal_to_noise(rows: np.ndarray, multiple: int) -> Figure:
-  """|E g|² / E|g - E g|² of means of `multiple` rows [C, D], which is `multiple` times that of one."""
+  """|E g|² / E|g - E g|² of means of `multiple` rows [C, D]: `multiple` times that of one row."""
   rows = rows.astype(np.float64)
   gram = rows @ rows.T
 

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from spo_jax.analysis import alignment, gradients, pictures, policy, tables, values
-from spo_jax.analysis.estimators import token_truth
-from spo_jax.analysis.truth import Trajectory, sample_trajectories, self_check
+from spo_jax.analysis.truth import sample_trajectories, self_check
 from spo_jax.command_line import USER_ERROR_STATUS
 from spo_jax.data import source
 from spo_jax.errors import UserError
@@ -99,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       contextlib.closing(make_run(base, args.workdir.absolute(), progress)) as run,
     ):
       params, critic_params = policy.load_policy(run, args.policy)
+      for method in methods:
+        if method.config.critic.trunk != "none" and critic_params is None:
+          raise UserError(f"method {method.name!r} has a critic, and the workdir's policy has none")
       report = judge(args, run, params, critic_params, methods, true_method)
       progress.note(report)
       progress.note(f"written to {args.out}")
@@ -123,8 +125,21 @@ def judge(args, run: Run, params, critic_params, methods, true_method) -> str:
   (args.out / "credit.json").write_text(json.dumps(report, indent=2) + "\n")
   page = tables.page(report, judged, aligned)
   (args.out / "credit.md").write_text(page)
-  pictures.draw(args.out, run, bench, drawn, aligned)
+  draw(args, run, bench, drawn, aligned)
   return page
+
+
+def draw(args, run: Run, bench: values.Bench, drawn: list[values.Drawn], aligned) -> None:
+  """The pictures, or a word why there are none."""
+  if not pictures.available():
+    run.progress.note("no pictures: matplotlib is not installed (the extra 'benchmarks' has it)")
+    return
+  texts = [run.task.tokenizer.batch_decode([[i] for i in t.tokens]) for t in bench.trajectories]
+  share = args.shares[len(args.shares) // 2]
+  shown = [one for one in drawn if one.judged.share == share]
+  pictures.draw_trajectory(args.out, bench.trajectories, texts, shown)
+  if aligned:
+    pictures.draw_cosines(args.out, aligned)
 
 
 def make_bench(args, run: Run, params) -> tuple[values.Bench, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How close the advantages that a method gives to the tokens of fixed trajectories are to the truth.
+"""How close the advantages that a method gives to tokens of fixed trajectories are to the truth.
 
 S tokens, K repetitions. What is drawn and what is compared with come from different halves of the
 rollouts, so that their noise is independent and can be taken out.
@@ -11,6 +11,8 @@ import numpy as np
 
 from spo_jax.analysis.alignment import Figure
 from spo_jax.analysis.truth import Trajectory
+
+TINY = 1e-30  # so that advantages of 0 have correlation 0
 
 
 class Tokens(NamedTuple):
@@ -71,7 +73,7 @@ def judge(draws: np.ndarray, tokens: Tokens) -> Judgement:
   )
   by_prompt = by_prompt[:, np.bincount(tokens.prompt) > 0]
   slope = lambda sums: sums[0] / sums[1]
-  correlation = lambda sums: sums[0] / np.sqrt(sums[1] * sums[2])
+  correlation = lambda sums: sums[0] / np.sqrt(np.maximum(sums[1] * sums[2], TINY))
   crossed = draws - tokens.advantages[::-1, None]  # noise of both halves
   square = np.mean(crossed**2) - np.mean(tokens.errors**2)
   bias = np.mean(np.prod(draws.mean(1) - tokens.advantages, axis=0))
@@ -91,6 +93,8 @@ def _root(square: float) -> float:
 
 def _jackknifed(statistic, by_prompt: np.ndarray) -> Figure:
   total = by_prompt.sum(1)
+  if by_prompt.shape[1] < 2:
+    return Figure(float(statistic(total)), float("nan"))
   values = np.array([statistic(total - without) for without in by_prompt.T])
   error = np.sqrt((len(values) - 1) * values.var())
   return Figure(float(statistic(total)), float(error))

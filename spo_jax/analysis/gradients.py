@@ -5,7 +5,7 @@ C batches, D parameters.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from spo_jax import train
 from spo_jax.analysis.policy import Method
 from spo_jax.config import Config
 from spo_jax.data import source
+from spo_jax.errors import UserError
 from spo_jax.forest import Forest, prune
 from spo_jax.infra.mesh import shard_batch
 from spo_jax.learner import loss_config
@@ -62,13 +63,20 @@ class Batches:
       run.task.split(split), batch_size=prompts, seed=config.seed
     )
 
-  def take(self, tokens: int, count: int):
-    """Yields `count` times (forest, rewards, sampled tokens), each of as many prompts as are worth
-    `tokens` tokens, by the first sample.
+  def take(self, tokens: int, count: int) -> Iterator[tuple[Forest, np.ndarray, int]]:
+    """Yields `count` times (forest, rewards [N], prompts), each of as many prompts as are worth
+    `tokens` sampled tokens, by the first sample.
+
+    Raises:
+      UserError: if these are more prompts than are sampled at a time.
     """
     forest, rewards, _ = self._sample()
     size = max(1, round(tokens * self._prompts / _sampled(forest)))
-    size = min(size, self._prompts)
+    if size > self._prompts:
+      raise UserError(
+        f"{tokens} sampled tokens are {size} prompts, and {self._prompts} are sampled at once: "
+        "raise --sampled_at_once or lower the first of --budgets"
+      )
     while True:
       for first in range(0, self._prompts - size + 1, size):
         part, nodes = prune(forest, (forest.tree >= first) & (forest.tree < first + size))

@@ -80,10 +80,11 @@ def page(report: Mapping[str, Any], judged: Sequence[Judged], aligned) -> str:
     f"{report['workdir']}, split {report['split']}, {report['prompts']} prompts, "
     f"{report['trajectories']} trajectories; mean reward {report['mean_reward']:.3f}.",
     "## Advantages",
-    f"True advantages of {check['tokens']} tokens, from {report['rollouts']} rollouts a state: the "
-    f"standard error of one is {check['error']:.3f}, their spread {check['spread']:.3f}; those from "
-    f"one half of the rollouts and from the other correlate with {check['correlation']:.3f}. Below, "
-    f"the {report['decisions']} tokens of probability below ρ = {report['threshold']}.",
+    f"True advantages of {check['tokens']} tokens, from {report['rollouts']} rollouts a state: "
+    f"the standard error of one is {check['error']:.3f}, their spread {check['spread']:.3f}; "
+    "those from one half of the rollouts and from the other correlate with "
+    f"{check['correlation']:.3f}. Below, the {report['decisions']} tokens of probability below "
+    f"ρ = {report['threshold']}.",
     "slope: E[Â A*] / E[A*²]. bias: root of the mean square of E Â - A* given the trajectory (of a "
     "chain or tree with its whole segment, of a response method up to the token). deviation: root "
     "of the mean variance. sign: share of draws with the sign of A*, where that is certain. ranks "
@@ -93,9 +94,9 @@ def page(report: Mapping[str, Any], judged: Sequence[Judged], aligned) -> str:
   if aligned:
     parts += [
       "## Gradients",
-      f"The true gradient is RLOO's over every token, from {trust['tokens']:.3g} sampled tokens: its "
-      f"halves have cosine {trust['halves']:.3f}, and it has {trust['own']:.3f} to the truth, which "
-      "is taken out of the cosines below.",
+      f"The true gradient is RLOO's over every token, from {trust['tokens']:.3g} sampled tokens: "
+      f"its halves have cosine {trust['halves']:.3f}, and it has {trust['own']:.3f} to the truth, "
+      "which is taken out of the cosines below.",
       gradient_table(aligned),
     ]
   return "\n\n".join(parts) + "\n"

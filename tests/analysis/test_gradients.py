@@ -8,11 +8,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from spo_jax.analysis import gradients
-from spo_jax.analysis.alignment import mean_cosine, signal_to_noise, squared_norm, trust
+from spo_jax.analysis.alignment import align, mean_cosine
 from spo_jax.analysis.policy import Method
 from tests.analysis.worlds import LONGEST, make_world, objective
 
-BATCHES = 16
+TOKENS, BATCHES = 1500, 12
 
 
 def nothing(*_, **__):
@@ -38,17 +38,17 @@ def method(name, config, **changes):
 def measured():
   """Methods that are unbiased, and two that are not."""
   run, params = make_world()
-  tree = {"rollout__strategy": "tree"}
+  tree = {"rollout__strategy": "tree", "rollout__branches": (2, 6)}
+  masked = dataclasses.replace(run.config, probability_threshold=0.5)
   methods = [
     method("RLOO", run.config, loss__normalization="constant"),
-    method("tree", run.config, **tree, loss__segment_weights="share"),
-    method("tree, unweighted", run.config, **tree),
-    method(
-      "no baseline, masked", run.config, advantage__kind="reward", loss__use_probability_mask=True
-    ),
+    method("no baseline", run.config, advantage__kind="reward"),
+    method("mask", masked, loss__use_probability_mask=True),
+    method("tree, shares", run.config, **tree, loss__segment_weights="share"),
+    method("tree", run.config, **tree),
   ]
   return gradients.measure(
-    run, params, methods, "train", tokens=6000, batches=BATCHES, prompts=256, advance=nothing
+    run, params, methods, "train", tokens=TOKENS, batches=BATCHES, prompts=128, advance=nothing
   )
 
 
@@ -63,11 +63,33 @@ def test_rloo_is_the_gradient_of_the_expected_reward(measured, exact):
 
 @pytest.mark.parametrize(
   "name, unbiased",
-  [("RLOO", True), ("tree", True), ("tree, unweighted", False), ("no baseline, masked", False)],
+  [
+    ("RLOO", True),
+    ("no baseline", True),
+    ("mask", False),
+    ("tree, shares", True),
+    ("tree", False),
+  ],
 )
 def test_mean_cosine_tells_the_unbiased_from_the_biased(measured, exact, name, unbiased):
-  rows = measured[name].pooled(1)
   truth = -np.tile(exact, (4, 1)).astype(np.float32)
-  cosine = mean_cosine(rows, truth)
-  assert cosine.error < 0.03
+  cosine = mean_cosine(measured[name].pooled(1), truth)
+  assert cosine.error < 0.05
   assert (abs(cosine.value - 1) < 3 * cosine.error) == unbiased, cosine
+
+
+def test_cosines_rise_to_one_with_the_number_of_tokens(measured, exact):
+  truth = -np.tile(exact, (4, 1)).astype(np.float32)
+  small, large = (align(measured["RLOO"], truth, multiple) for multiple in (1, 6))
+  assert small.cosine.value < large.cosine.value < 1.01
+  # cos² = signal / (signal + noise)
+  for found in (small, large):
+    ratio = found.signal_to_noise.value
+    assert abs(found.cosine.value - np.sqrt(ratio / (1 + ratio))) < 0.03
+  assert large.tokens == 6 * small.tokens and large.updates == BATCHES // 6
+
+
+def test_batches_are_of_the_asked_number_of_tokens(measured):
+  tokens = measured["RLOO"].tokens
+  assert np.all(np.abs(tokens / TOKENS - 1) < 0.1)
+  assert measured["RLOO"].prompts != measured["tree"].prompts  # a tree has fewer tokens a prompt

@@ -19,15 +19,29 @@ from tests.tiny import EOS, tiny_config, tiny_params
 
 VOCAB, LONGEST = 5, 3
 PROMPTS = ((2, 3), (4, 2, 3))
+LETTERS = "ab;cd"
 WIDTH = 3  # of the table of prompts
 RECORDS = 1024  # each prompt as often as the others; shuffling so few as two is slow
+
+
+class Letters:
+  """A tokenizer whose tokens are the letters of `LETTERS`."""
+
+  def __call__(self, text, **_):
+    return {"input_ids": [LETTERS.index(letter) for letter in text]}
+
+  def batch_decode(self, rows, **_):
+    return ["".join(LETTERS[token] for token in row) for row in rows]
+
+  def __len__(self):
+    return VOCAB
 
 
 class World:
   """What a `Task` is asked, with tokens for texts: the reward is of a sum of tokens."""
 
   stop_ids = (EOS,)
-  tokenizer = None
+  tokenizer = Letters()
 
   def split(self, name):
     return [{"id": i, "answer": i % len(PROMPTS)} for i in range(RECORDS)]
@@ -96,13 +110,13 @@ def make_world(**rollout) -> tuple[Run, dict]:
   return Run(config, pathlib.Path(), Silent(), make_mesh(1, 1, 1), model, None, World()), params
 
 
-def responses(prefix=()) -> list[tuple[int, ...]]:
-  """All responses that begin so: they end with EOS or have LONGEST tokens."""
+def responses() -> list[tuple[int, ...]]:
+  """All responses: they end with EOS or have LONGEST tokens."""
   found = []
   for length in range(1, LONGEST + 1):
     for tokens in itertools.product(range(VOCAB), repeat=length):
       ended = EOS not in tokens[:-1] and (tokens[-1] == EOS or length == LONGEST)
-      if ended and tokens[: len(prefix)] == tuple(prefix):
+      if ended:
         found.append(tokens)
   return found
 
@@ -132,8 +146,14 @@ def objective(run, params) -> jax.Array:
   return total / len(PROMPTS)
 
 
-def value(run, params, answer: int, prefix) -> float:
-  """V* of a prompt and the first tokens of a response."""
-  every = responses(prefix)
+def distribution(run, params, answer: int) -> dict[tuple[int, ...], float]:
+  """The probability of every response to a prompt."""
+  every = responses()
   chances = np.exp(np.array(log_likelihoods(run, params, PROMPTS[answer], every), np.float64))
-  return float(np.average([reward(r, answer) for r in every], weights=chances))
+  return dict(zip(every, chances, strict=True))
+
+
+def value(chances, answer: int, prefix) -> float:
+  """V* of a prompt and the first tokens of a response."""
+  begun = [r for r in chances if r[: len(prefix)] == tuple(prefix)]
+  return float(np.average([reward(r, answer) for r in begun], weights=[chances[r] for r in begun]))
