@@ -23,7 +23,7 @@ from spo_jax.analysis.truth import sample_trajectories, self_check
 from spo_jax.command_line import USER_ERROR_STATUS
 from spo_jax.data import source
 from spo_jax.errors import UserError
-from spo_jax.infra.progress import Progress
+from spo_jax.infra.progress import Progress, compact
 from spo_jax.run import Run, make_run
 
 TRUE_GRADIENT = (
@@ -113,9 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def judge(args, run: Run, params, critic_params, methods, true_method) -> str:
   """Advantages, gradients, files; returns the page."""
   bench, report = make_bench(args, run, params)
+  check = report["truth"]
+  run.progress.note(
+    f"truth of {check['tokens']} tokens: its halves correlate with {check['correlation']:.3f}"
+  )
   with run.progress.bar("advantages", total=len(methods) * len(args.shares)) as advance:
     drawn = values.judge_methods(bench, methods, args.shares, advance)
   judged = [one.judged for one in drawn]
+  run.progress.note(f"advantages of {len(judged)} methods and sizes are judged")
   aligned: dict[str, list[alignment.Alignment]] = {}
   if args.budgets:
     aligned, report["true_gradient"] = align_methods(
@@ -201,6 +206,9 @@ def align_methods(args, run: Run, params, critic_params, methods, true_method):
     )[true_method.name]
   truth = found.pooled(batches // args.true_parts)
   halves, trusted = alignment.trust(truth)
+  run.progress.note(
+    f"true gradient from {compact(found.tokens.sum())} tokens: its halves have cosine {halves:.3f}"
+  )
   with run.progress.bar("gradients", total=args.batches * len(methods)) as advance:
     measured = gradients.measure(
       run,

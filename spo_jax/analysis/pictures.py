@@ -9,6 +9,7 @@ import numpy as np
 from spo_jax.analysis.alignment import Alignment
 from spo_jax.analysis.truth import Trajectory
 from spo_jax.analysis.values import Drawn
+from spo_jax.infra.progress import compact
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -74,7 +75,7 @@ def draw_trajectory(
     _name(axis, f"{one.judged.method}\n{one.judged.tokens:.0f} tokens\na prompt")
   axes[-1].set_xticks(positions, texts[index], family="monospace")
   axes[-1].set_xlim(-0.7, length - 0.3)
-  figure.suptitle("Which tokens earned the reward? One response, and one draw of each method")
+  figure.suptitle("Which tokens earned the reward?\nOne response, and one draw of each method")
   path = folder / TRAJECTORY_FILE
   figure.savefig(path, dpi=DPI)
   return path
@@ -84,6 +85,7 @@ def _bars(axis, positions: np.ndarray, heights: np.ndarray) -> None:
   colours = np.where(heights >= 0, GAIN, LOSS)
   axis.bar(positions, heights, color=colours, width=0.8)
   axis.axhline(0, color="#999999", linewidth=0.6)
+  axis.margins(y=0.1)
 
 
 def _name(axis, text: str) -> None:
@@ -104,6 +106,9 @@ def draw_cosines(folder: pathlib.Path, aligned: Mapping[str, Sequence[Alignment]
     errors = [at.cosine.error for at in found]
     axis.errorbar(tokens, cosines, errors, marker="o", markersize=3, capsize=2, **styles[name])
   axis.set_xscale("log")
+  budgets = [at.tokens for at in next(iter(aligned.values()))]
+  axis.set_xticks(budgets, [compact(tokens) for tokens in budgets])
+  axis.set_xticks([], minor=True)
   axis.set_xlabel("sampled tokens an update")
   axis.set_ylabel("cosine to the true gradient")
   axis.spines[["top", "right"]].set_visible(False)
