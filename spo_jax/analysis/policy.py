@@ -24,12 +24,10 @@ CHECKPOINT, WARM_START = "checkpoint", "warm_start"
 # NAME: FILE FIELD=VALUE ..., each a method and what is changed in it.
 METHODS = (
   "GRPO: configs/grpo.py",
-  "Dr. GRPO: configs/dr_grpo.py",
   "RLOO: configs/rloo.py",
   "RLOO, mask: configs/rloo.py loss.use_probability_mask=True",
   "VinePPO: configs/vineppo.py",
   "SPO-chain: configs/spo_chain.py",
-  "SPO-chain, all tokens: configs/spo_chain.py loss.use_probability_mask=False",
   "SPO-chain, pooled: configs/spo_chain.py advantage.pool_trajectory=True",
   "SPO-chain, probes trained: configs/spo_chain.py advantage.train_probes=True",
   "SPO-chain, probes trained, shares: configs/spo_chain.py advantage.train_probes=True "
@@ -37,10 +35,9 @@ METHODS = (
   "SPO-tree: configs/spo_tree.py",
   "SPO-tree, all tokens: configs/spo_tree.py loss.use_probability_mask=False",
   "SPO-tree, shares: configs/spo_tree.py loss.segment_weights=share",
-  "SPO-tree, shares, all tokens: configs/spo_tree.py loss.segment_weights=share "
-  "loss.use_probability_mask=False",
   "SPO-tree 4-4-4: configs/spo_tree.py rollout.branches=(4,4,4)",
-  "SPO-tree 4-4-4, shares: configs/spo_tree.py rollout.branches=(4,4,4) loss.segment_weights=share",
+  "SPO-tree 8-2, shares: configs/spo_tree.py rollout.branches=(8,2) rollout.segment_tokens=(20,) "
+  "loss.segment_weights=share advantage.kind=leave_one_out",
 )
 
 

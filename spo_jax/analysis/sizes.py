@@ -80,5 +80,6 @@ def fitted(
     candidate = resized(config, size)
     if prompt_tokens(run, candidate, trajectories) > tokens:
       break
-    best = candidate
+    if config.rollout.strategy != "tree" or min(candidate.branches) >= 2:
+      best = candidate
   return best

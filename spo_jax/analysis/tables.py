@@ -30,7 +30,7 @@ def value_table(judged: Sequence[Judged]) -> str:
         row.method,
         row.size,
         f"{row.tokens:.0f}",
-        figure(result.slope, 2),
+        figure(row.all_tokens.slope, 2),
         figure(result.correlation),
         *(f"{value:.3f}" for value in (result.rmse, result.bias, result.deviation, result.sign)),
         figure(row.ranking, 2),
@@ -85,10 +85,10 @@ def page(report: Mapping[str, Any], judged: Sequence[Judged], aligned) -> str:
     "those from one half of the rollouts and from the other correlate with "
     f"{check['correlation']:.3f}. Below, the {report['decisions']} tokens of probability below "
     f"ρ = {report['threshold']}.",
-    "slope: E[Â A*] / E[A*²]. bias: root of the mean square of E Â - A* given the trajectory (of a "
-    "chain or tree with its whole segment, of a response method up to the token). deviation: root "
-    "of the mean variance. sign: share of draws with the sign of A*, where that is certain. ranks "
-    f"right: pairs of continuations of {report['rank_tokens']} tokens of one prompt.",
+    "slope: E[Â A*] / E[A*²] over all tokens. bias: root of the mean square of E Â - A* given the "
+    "trajectory (of a chain or tree with its whole segment, of a response method up to the token). "
+    "deviation: root of the mean variance. sign: share of draws with the sign of A*, where that is "
+    f"certain. ranks right: pairs of continuations of {report['rank_tokens']} tokens of one prompt.",
     value_table(judged),
   ]
   if aligned:

@@ -64,7 +64,8 @@ def judge_methods(
       config = sizes.fitted(bench.run, method.config, bench.trajectories, share)
       if config is None:
         continue
-      key = (config.branches, config.budgets, config.rollout, config.partition, config.advantage)
+      estimator = dataclasses.replace(config.advantage, train_probes=False, train_zero=False)
+      key = (config.rollout, config.partition, config.probability_threshold, estimator)
       if config.critic.trunk != "none" or key in seen:
         continue
       seen.add(key)
