@@ -125,7 +125,13 @@ def draw_cosines(folder: pathlib.Path, aligned: Mapping[str, Sequence[Alignment]
       va="center",
       fontsize=8,
       annotation_clip=False,
-      arrowprops={"arrowstyle": "-", "color": styles[name]["color"], "linewidth": 0.5},
+      arrowprops={
+        "arrowstyle": "-",
+        "color": styles[name]["color"],
+        "linewidth": 0.5,
+        "relpos": (0, 0.5),
+        "shrinkA": 0,
+      },
     )
   path = folder / COSINE_FILE
   figure.savefig(path, dpi=DPI)

@@ -88,7 +88,9 @@ def page(report: Mapping[str, Any], judged: Sequence[Judged], aligned) -> str:
     "slope: E[Â A*] / E[A*²] over all tokens. bias: root of the mean square of E Â - A* given the "
     "trajectory (of a chain or tree with its whole segment, of a response method up to the token). "
     "deviation: root of the mean variance. sign: share of draws with the sign of A*, where that is "
-    f"certain. ranks right: pairs of continuations of {report['rank_tokens']} tokens of one prompt.",
+    "certain. ranks right: pairs of continuations of "
+    f"{report['rank_tokens']} tokens of one prompt. Errors are by the jackknife over prompts; few "
+    "prompts make them too small.",
     value_table(judged),
   ]
   if aligned:
