@@ -69,7 +69,7 @@ def draw_trajectory(
   _bars(axes[1], positions, trajectory.advantages)
   _name(axes[1], "true\nadvantage")
   for axis, one in zip(axes[2:], drawn, strict=True):
-    draws = one.advantages[:, :, first : first + length].reshape(-1, length)
+    draws = one.of_trajectory(first, length)
     _bars(axis, positions, draws[0])
     axis.vlines(positions, *np.percentile(draws, SPREAD, axis=0), color="#555555", linewidth=0.8)
     _name(axis, f"{one.judged.method}\n{one.judged.tokens:.0f} tokens\na prompt")

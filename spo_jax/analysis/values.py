@@ -31,6 +31,12 @@ class Drawn(NamedTuple):
 
   judged: Judged
   advantages: np.ndarray  # [2, K, S] float32
+  of_response: bool  # one advantage for all tokens of a response
+
+  def of_trajectory(self, first: int, length: int) -> np.ndarray:
+    """[2 K, length] advantages of a trajectory's tokens, if it goes on as it did."""
+    draws = self.advantages[:, :, first : first + length].reshape(-1, length)
+    return np.repeat(draws[:, -1:], length, axis=1) if self.of_response else draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ def _judge(bench: Bench, method: Method, share: int) -> Drawn:
     estimators.judge(draws, tokens),
     estimators.ranking(bench.trajectories, bench.rank_tokens, np.concatenate(ranked)),
   )
-  return Drawn(judged, draws)
+  return Drawn(judged, draws, config.rollout.strategy == "group")
 
 
 def _size(config: Config) -> str:

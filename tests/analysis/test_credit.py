@@ -8,6 +8,7 @@ import pytest
 
 from spo_jax.analysis import credit, pictures
 from spo_jax.analysis.policy import Method, parse_methods, read_config
+from spo_jax.analysis.values import Drawn
 from spo_jax.config import Config
 from spo_jax.errors import UserError
 from tests.analysis.worlds import make_world
@@ -58,6 +59,13 @@ def test_all_methods_are_judged_at_all_shares_and_budgets(judged):
   assert page == (folder / "credit.md").read_text()
   rows = len(advantages) + 2 * len(report["gradients"])
   assert page.count("\n| ") == rows + 2 * 2  # heads and rules of two tables
+
+
+def test_a_response_method_gives_all_tokens_of_a_response_the_same():
+  advantages = np.arange(12.0).reshape(2, 1, 6)
+  whole, each = (Drawn(None, advantages, of_response) for of_response in (True, False))
+  np.testing.assert_array_equal(whole.of_trajectory(1, 3), [[3] * 3, [9] * 3])
+  np.testing.assert_array_equal(each.of_trajectory(1, 3), [[1, 2, 3], [7, 8, 9]])
 
 
 def test_pictures_are_drawn(judged):
