@@ -22,16 +22,20 @@ from spo_jax.training.step import init_state
 CHECKPOINT, WARM_START = "checkpoint", "warm_start"
 
 # NAME: FILE FIELD=VALUE ..., each a method and what is changed in it.
+PAPER_CHAIN = (
+  "advantage.train_probes=False advantage.pool_trajectory=False loss.segment_weights=equal"
+)
 METHODS = (
   "GRPO: configs/grpo.py",
   "RLOO: configs/rloo.py",
   "RLOO, mask: configs/rloo.py loss.use_probability_mask=True",
   "VinePPO: configs/vineppo.py",
-  "SPO-chain: configs/spo_chain.py",
-  "SPO-chain, pooled: configs/spo_chain.py advantage.pool_trajectory=True",
-  "SPO-chain, probes trained: configs/spo_chain.py advantage.train_probes=True",
-  "SPO-chain, probes trained, shares: configs/spo_chain.py advantage.train_probes=True "
-  "loss.segment_weights=share",
+  # As in the paper; then with each of what the config of the embedded tasks adds to it.
+  f"SPO-chain: configs/spo_chain.py {PAPER_CHAIN}",
+  f"SPO-chain, pooled: configs/spo_chain.py {PAPER_CHAIN} advantage.pool_trajectory=True",
+  f"SPO-chain, probes trained: configs/spo_chain.py {PAPER_CHAIN} advantage.train_probes=True",
+  f"SPO-chain, probes trained, shares: configs/spo_chain.py {PAPER_CHAIN} "
+  "advantage.train_probes=True loss.segment_weights=share",
   "SPO-tree: configs/spo_tree.py",
   "SPO-tree, all tokens: configs/spo_tree.py loss.use_probability_mask=False",
   "SPO-tree, shares: configs/spo_tree.py loss.segment_weights=share",
