@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from spo_jax.algorithms.partition import make_partition
 from spo_jax.config import ComputeConfig, Config, NewModelConfig, RolloutConfig
 from spo_jax.config_check import check_mesh
 from spo_jax.errors import UserError
@@ -20,6 +21,7 @@ from spo_jax.models.families import config_from_hf
 from spo_jax.models.pretrained import Pretrained, check_tensors, find_pretrained, load_params
 from spo_jax.models.rope import Rope
 from spo_jax.sampling.sampler import Sampler
+from spo_jax.sampling.strategies import Partition
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.task import Task, open_task
 
@@ -35,7 +37,6 @@ class Run:
   model: DecoderConfig
   pretrained: Pretrained | None  # None: parameters are random at first
   task: Task
-  delimiter_ids: tuple[int, ...]  # tokens that end a segment; empty unless the partition has any
 
   def key(self, stream: str) -> jax.Array:
     """The root key of a named stream of random numbers."""
@@ -51,6 +52,21 @@ class Run:
       self.task.stop_ids,
       temperature=temperature,
       truncate=truncate,
+    )
+
+  def partition(self) -> Partition:
+    """Where the segments of a chain begin, by the config."""
+    fields = self.config.partition
+    delimiters = ()
+    if fields.kind == "delimiter":
+      delimiters = delimiter_ids(self.task.tokenizer, fields.delimiter)
+    return make_partition(
+      fields.kind,
+      threshold=self.config.probability_threshold,
+      interval=fields.interval,
+      length=fields.length,
+      parts=fields.parts,
+      delimiter_ids=delimiters,
     )
 
   def initial_params(self) -> Any:
@@ -105,10 +121,9 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   )
   if model is None:
     model = new_decoder(config.new_model, config.compute, len(task.tokenizer))
-  delimiters = ()
-  if config.rollout.strategy == "chain" and config.partition.kind == "delimiter":
-    delimiters = delimiter_ids(task.tokenizer, config.partition.delimiter)
-  return Run(config, workdir, progress, mesh, model.on(mesh), pretrained, task, delimiters)
+  run = Run(config, workdir, progress, mesh, model.on(mesh), pretrained, task)
+  run.partition()  # its delimiter may be in no token
+  return run
 
 
 def make_sampler(

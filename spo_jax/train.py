@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from spo_jax import rollouts
-from spo_jax.algorithms.partition import make_partition
 from spo_jax.data import source
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
@@ -187,14 +186,7 @@ def grow(
     samples=rollout.samples,
     probes=rollout.probes,
     max_new_tokens=rollout.max_response_tokens,
-    partition=make_partition(
-      config.partition.kind,
-      threshold=config.probability_threshold,
-      interval=config.partition.interval,
-      length=config.partition.length,
-      parts=config.partition.parts,
-      delimiter_ids=run.delimiter_ids,
-    ),
+    partition=run.partition(),
     cuts_per_group=rollout.cuts_per_group,
     probe=functools.partial(disagree, run, records) if rollout.probe_where == "mixed" else None,
   )

@@ -38,6 +38,13 @@ def method(module, **overrides) -> Config:
   return from_config_dict(config, Config)
 
 
+PAPER_CHAIN = {
+  "advantage__train_probes": False,
+  "advantage__pool_trajectory": False,
+  "loss__segment_weights": "equal",
+}
+
+
 def gradient_of(config: Config, forest: Forest, rewards: np.ndarray):
   """(gradient, metrics, segments trained), as in an iteration of `train`."""
   estimated = estimate(forest, rewards, config.advantage, probed=config.rollout.strategy == "chain")
@@ -127,7 +134,7 @@ def uncut_chain():
 
 def test_a_chain_without_a_cut_is_rloo_with_the_probes_as_the_group(rloo_gradient):
   chain = uncut_chain()
-  cut = method(spo_chain, partition__kind="response")
+  cut = method(spo_chain, partition__kind="response", **PAPER_CHAIN)
   own = estimate(chain, REWARDS, cut.advantage, probed=True)
   rloo_own = estimate(GROUP, REWARDS, method(rloo).advantage, probed=False)
   trajectories = np.flatnonzero((chain.depth > 0) & ~chain.probe)
@@ -198,7 +205,7 @@ def test_vineppo_is_a_chain_whose_cuts_are_delimiters():
   assert others.depth.max() > steps.depth.max()
 
   rewards = np.random.default_rng(1).random(len(steps.parent)).astype(np.float32)
-  chain = method(spo_chain)
+  chain = method(spo_chain, **PAPER_CHAIN)
   assert estimate(steps, rewards, chain.advantage, probed=True).trained.sum() == 3 * 2 * 3
   grads, *_ = gradient_of(method(vineppo), steps, rewards)
   assert_trees_close(gradient_of(chain, thirds, rewards)[0], grads, 1e-7)

@@ -134,8 +134,9 @@ def _by_rollout(methods: Sequence[Method]) -> list[tuple[Config, list[Method]]]:
     chain = config.rollout.strategy == "chain"
     partition = (config.partition, config.probability_threshold) if chain else None
     unfinished = (config.advantage.grade_unfinished, config.advantage.unfinished_penalty)
+    rollout = config.rollout
     key = (config.branches if not chain else None, config.budgets, partition, unfinished)
-    key += (config.rollout.samples, config.rollout.probes) if chain else ()
+    key += (rollout.samples, rollout.probes, rollout.probe_where) if chain else ()
     groups.setdefault(key, []).append(method)
   return [(members[0].config, members) for members in groups.values()]
 

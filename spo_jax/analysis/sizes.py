@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spo_jax.algorithms.partition import make_partition
 from spo_jax.analysis.designs import chain_cuts, tree_levels
 from spo_jax.analysis.truth import Trajectory
 from spo_jax.config import Config
-from spo_jax.run import Run, delimiter_ids
+from spo_jax.run import Run
 from spo_jax.sampling.strategies import Partition
 
 LARGEST = 64  # children, or probes, or responses
@@ -17,14 +16,7 @@ LARGEST = 64  # children, or probes, or responses
 
 def partition_of(run: Run, config: Config) -> Partition:
   """The partition of a chain's config."""
-  return make_partition(
-    config.partition.kind,
-    threshold=config.probability_threshold,
-    interval=config.partition.interval,
-    length=config.partition.length,
-    parts=config.partition.parts,
-    delimiter_ids=delimiter_ids(run.task.tokenizer, config.partition.delimiter),
-  )
+  return dataclasses.replace(run, config=config).partition()
 
 
 def prompt_tokens(run: Run, config: Config, trajectories: Sequence[Trajectory]) -> float:

@@ -136,7 +136,7 @@ def test_no_rates_are_the_configs_own(tmp_path):
   made.test()
   methods = made.results("arithmetic", "own")["methods"]
   assert [(m["rate"], m["sweep"], len(m["runs"])) for m in methods] == [
-    (3e-4, [], 3),
+    (4e-4, [], 3),
     (8e-4, [], 3),
   ]
 
