@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -17,9 +18,10 @@ from spo_jax.infra.progress import Progress
 from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
-from spo_jax.train import train
+from spo_jax.train import disagree, train
 from spo_jax.training.step import init_state
 from tests import tiny_run
+from tests.training.forests import path_forest
 
 CONTRACT = {
   "iteration",
@@ -117,6 +119,22 @@ SMALL = SIGNAL | {
   "new_model__layers": 1,
   "warm_start__max_steps": 0,
 }
+
+
+def test_prompts_whose_trajectories_differ_in_reward_are_the_mixed_ones():
+  forest = path_forest(np.random.default_rng(0), [2] * 6, [3] * 6)
+  forest = forest._replace(tree=np.tile(np.repeat([0, 1, 2], 2), 2))
+  rewards = iter([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+  task = types.SimpleNamespace(
+    texts=lambda responses: ["" for _ in responses],
+    grade=lambda texts, answers, shaped: (
+      np.array([next(rewards) for _ in texts], np.float32),
+      np.zeros(len(texts), bool),
+    ),
+  )
+  run = types.SimpleNamespace(config=Config(), task=task)
+  records = [{"answer": ""}] * 3
+  assert disagree(run, records, forest).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def tree(params, prompts):
   return grow_tree(sampler(), params, prompts, branches=BRANCHES, budgets=BUDGETS)
 
 
-def chain(params, prompts, kind="adaptive", threshold=0.3, interval=2, sampler_=None):
+def chain(params, prompts, kind="adaptive", threshold=0.3, interval=2, sampler_=None, probe=None):
   partition = make_partition(
     kind, threshold=threshold, interval=interval, length=3, parts=3, delimiter_ids=DELIMITERS
   )
@@ -51,6 +51,7 @@ def chain(params, prompts, kind="adaptive", threshold=0.3, interval=2, sampler_=
     max_new_tokens=LONGEST,
     partition=partition,
     cuts_per_group=2,
+    probe=probe,
   )
 
 
@@ -237,6 +238,27 @@ def test_chain_of_a_prompt_does_not_depend_on_the_others(params, prompts):
   shuffled = chain(params, take_prompts(prompts, order))
   for place, prompt in enumerate(order):
     assert_same_tree(shuffled, place, forest, prompt)
+
+
+def test_prompts_are_probed_where_asked_and_the_rest_is_as_it_was(params, prompts):
+  every = chain(params, prompts, "fixed")
+  seen = []
+
+  def odd_ones(trajectories):
+    seen.append(trajectories)
+    return np.arange(len(prompts.lengths)) % 2 == 1
+
+  some = chain(params, prompts, "fixed", probe=odd_ones)
+  (trajectories,) = seen
+  assert not trajectories.probe.any()
+  paths = ~every.probe
+  np.testing.assert_array_equal(trajectories.parent, every.parent[paths])
+  np.testing.assert_array_equal(trajectories.tokens, every.tokens[np.repeat(paths, every.lengths)])
+  kept = paths | (every.tree % 2 == 1)
+  assert 0 < kept.sum() < len(kept)
+  for name in ("tree", "parent", "finished", "probe"):
+    np.testing.assert_array_equal(getattr(some, name), getattr(every, name)[kept], err_msg=name)
+  np.testing.assert_array_equal(some.tokens, every.tokens[np.repeat(kept, every.lengths)])
 
 
 def test_probes_of_a_state_differ(params, prompts):
