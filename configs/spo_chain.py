@@ -52,7 +52,7 @@ def embedded(config, task: Embedded) -> None:
   config.rollout.slots = 96
 
   config.partition.interval = 2  # cutpoints a segment; responses here have 5 to 10
-  # Beyond the paper, and worth 10 points and more (benchmarks/RESULTS.md): probes are rollouts of
+  # Beyond the paper, and better at equal tokens (benchmarks/RESULTS.md): probes are rollouts of
   # the policy like any others, so they are trained, and a cut's value counts the trajectory's own
   # continuation; a segment weighs as much as it stands for.
   config.advantage.train_probes = True
