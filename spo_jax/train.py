@@ -24,6 +24,7 @@ from spo_jax.training.estimate import Estimate, estimate
 from spo_jax.training.pairs import match_pairs
 from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
+from spo_jax.training.weights import shares
 
 
 def train(run: Run) -> Any:
@@ -116,11 +117,13 @@ def sample(
     advance(1)
   own = np.flatnonzero(forest.leaf & ~forest.probe)
   path_tokens = [len(forest.response(leaf)) for leaf in own]
+  weights = shares(forest, probes=False)
   return (
     forest,
     rewards,
     {
-      "train/reward_mean": _tree_mean(forest, rewards, own),
+      # Siblings share alike: V of the prompts.
+      "train/reward_mean": float(np.average(rewards[own], weights=weights[own])),
       "train/finished": float(np.mean(forest.finished[own])),
       "train/response_tokens": float(np.mean(path_tokens)),
       "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
@@ -129,16 +132,6 @@ def sample(
       "time/grade_s": time.perf_counter() - sampled,
     },
   )
-
-
-def _tree_mean(forest: Forest, rewards: np.ndarray, leaves: np.ndarray) -> float:
-  """Mean over leaves, each weighing 1 / children at each of its ancestors: V of the prompts."""
-  children = np.bincount(forest.parent[(forest.depth > 0) & ~forest.probe], minlength=len(rewards))
-  weight = np.ones(len(rewards))
-  for node in np.flatnonzero(forest.depth > 0):
-    parent = forest.parent[node]
-    weight[node] = weight[parent] / max(children[parent], 1)
-  return float(np.average(rewards[leaves], weights=weight[leaves]))
 
 
 def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:

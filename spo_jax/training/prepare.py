@@ -99,7 +99,7 @@ def _add_critic_advantages(
   values = jnp.where(mask, _flat(values), 0)
   index = jnp.arange(mask.shape[1])[None]
   follows = jnp.roll(_flat(batch.prev), -1, axis=1) == index  # the next token continues this one
-  continues = mask & jnp.roll(mask, -1, axis=1) & follows & (index < mask.shape[1] - 1)
+  continues = mask & jnp.roll(mask, -1, axis=1) & follows
   scores = jnp.where(mask & ~continues, _flat(batch.advantages), 0)
   rewards = scores
   if loss_cfg.kl_coef and loss_cfg.kl_in == "reward":
@@ -115,7 +115,6 @@ def _add_critic_advantages(
     )
   if critic_cfg.whiten_rewards:
     rewards = masking.whiten(rewards, mask, shift_mean=False, unbiased=False)
-  rewards = jnp.where(mask, rewards, 0)
   advantages = returns.gae(rewards, values, continues, gamma=critic_cfg.gamma, lam=critic_cfg.lam)
   if critic_cfg.target == "return":
     targets = returns.discounted_returns(rewards, continues, gamma=critic_cfg.gamma)
