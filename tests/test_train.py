@@ -1,5 +1,6 @@
 """The whole loop, small: every method trains, writes what it promises, and resumes exactly."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
+from spo_jax import train as train_module
 from spo_jax.command_line import claim_workdir
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
@@ -19,9 +21,10 @@ from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
 from spo_jax.train import disagree, train
+from spo_jax.training.estimate import estimate
 from spo_jax.training.step import init_state
 from tests import tiny_run
-from tests.training.forests import path_forest
+from tests.training.forests import path_forest, tree_forest
 
 CONTRACT = {
   "iteration",
@@ -119,6 +122,25 @@ SMALL = SIGNAL | {
   "new_model__layers": 1,
   "warm_start__max_steps": 0,
 }
+
+
+def test_the_mean_reward_is_the_value_of_the_prompts(monkeypatch):
+  rng = np.random.default_rng(3)
+  forest = tree_forest(rng, (3, 2, 2), (2, 2, 2), prompts=(2, 3), ragged=True)
+  rewards = np.where(forest.leaf, rng.random(len(forest.parent)), np.nan).astype(np.float32)
+  monkeypatch.setattr(train_module, "grow", lambda *_: forest)
+  monkeypatch.setattr(train_module, "grade", lambda *_: (rewards, 0))
+  run = types.SimpleNamespace(
+    progress=types.SimpleNamespace(bar=lambda *_, **__: contextlib.nullcontext(lambda _: None)),
+    task=types.SimpleNamespace(prompts=lambda *_: None),
+    key=lambda _: None,
+  )
+  *_, metrics = train_module.sample(run, None, [])
+  values = estimate(forest, rewards, Config().advantage, probed=False).values
+  np.testing.assert_allclose(
+    metrics["train/reward_mean"], values[forest.depth == 0].mean(), rtol=1e-5
+  )
+  assert abs(metrics["train/reward_mean"] - np.nanmean(rewards)) > 1e-3
 
 
 def test_prompts_whose_trajectories_differ_in_reward_are_the_mixed_ones():
