@@ -126,7 +126,7 @@ class PartitionConfig:
 class AdvantageConfig:
   """From values to advantages of segments."""
 
-  kind: str = "difference"  # or "normalized", "leave_one_out", "prover", "reward"
+  kind: str = "difference"  # or "normalized", "leave_one_out", "shrinkage", "prover", "reward"
   eps: float = 1e-8  # normalized: added to the siblings' deviation
   best_of: int = 4  # prover: K, of its best-of-K policy
   prover_weight: float = 5.0  # prover: of its advantage beside the policy's own

@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from spo_jax.algorithms.baselines import forest_baseline, sibling_spread
 from spo_jax.algorithms.values import ForestValues
 
 # A spread below this many units in the last place of the largest value is rounding, not signal.
@@ -85,6 +86,26 @@ def leave_one_out(forest: ForestValues, parent: jax.Array, counted: jax.Array) -
   return jnp.where(alone, forest.values, difference(forest, parent) * scale)
 
 
+def shrinkage(
+  forest: ForestValues, parent: jax.Array, depth: jax.Array, counted: jax.Array, *, max_depth: int
+) -> jax.Array:
+  """A(n) = V(n) - b(n), with a baseline from the whole forest: see `baselines.forest_baseline`.
+
+  Args:
+    forest: values of the nodes, [N] each.
+    parent: [N] int32, -1 for roots and padding.
+    depth: [N] int32, -1 for padding.
+    counted: [N] bool, as given to `forest_values`.
+    max_depth: at least the largest depth.
+
+  Returns:
+    [N] float.
+  """
+  spread = sibling_spread(forest, parent, depth, counted, max_depth=max_depth)
+  baseline = forest_baseline(forest, parent, depth, counted, spread)
+  return jnp.where((depth > 0) & (forest.known | forest.filled), forest.values - baseline, 0)
+
+
 def prover(forest: ForestValues, parent: jax.Array, *, best_of: int) -> jax.Array:
   """B(V(n)) - B(V(q)), q = parent(n), B(v) = 1 - (1 - v)ᴷ: the advantage under another policy.
 
@@ -145,19 +166,22 @@ def reward(forest: ForestValues, parent: jax.Array) -> jax.Array:
 
 
 ADVANTAGES: dict[str, Callable[..., jax.Array]] = {
-  "difference": lambda forest, parent, counted, **_: difference(forest, parent),
-  "normalized": lambda forest, parent, counted, *, eps, **_: normalized(forest, parent, eps=eps),
-  "leave_one_out": lambda forest, parent, counted, **_: leave_one_out(forest, parent, counted),
-  "prover": lambda forest, parent, counted, *, best_of, prover_weight, **_: progress(
+  "difference": lambda forest, parent, **_: difference(forest, parent),
+  "normalized": lambda forest, parent, *, eps, **_: normalized(forest, parent, eps=eps),
+  "leave_one_out": lambda forest, parent, *, counted, **_: leave_one_out(forest, parent, counted),
+  "shrinkage": lambda forest, parent, *, depth, counted, max_depth, **_: shrinkage(
+    forest, parent, depth, counted, max_depth=max_depth
+  ),
+  "prover": lambda forest, parent, *, best_of, prover_weight, **_: progress(
     forest, parent, best_of=best_of, prover_weight=prover_weight
   ),
-  "reward": lambda forest, parent, counted, **_: reward(forest, parent),
+  "reward": lambda forest, parent, **_: reward(forest, parent),
 }
 
 
 def make_advantage(
-  kind: str, *, eps: float, best_of: int, prover_weight: float
-) -> Callable[[ForestValues, jax.Array, jax.Array], jax.Array]:
+  kind: str, *, eps: float, best_of: int, prover_weight: float, max_depth: int
+) -> Callable[..., jax.Array]:
   """Looks an advantage up by name and binds its hyper-parameters.
 
   Args:
@@ -165,16 +189,19 @@ def make_advantage(
     eps: for "normalized".
     best_of: K, for "prover"; 4 in the reference.
     prover_weight: α, for "prover"; 5 in the reference.
+    max_depth: for "shrinkage", at least the forest's largest depth.
 
   Returns:
-    A function (forest, parent, counted) -> [N] advantages.
+    A function (forest, parent, *, depth, counted) -> [N] advantages.
 
   Raises:
     ValueError: If kind is unknown.
   """
   if kind not in ADVANTAGES:
     raise ValueError(f"unknown advantage {kind!r}, one of {sorted(ADVANTAGES)}")
-  return functools.partial(ADVANTAGES[kind], eps=eps, best_of=best_of, prover_weight=prover_weight)
+  return functools.partial(
+    ADVANTAGES[kind], eps=eps, best_of=best_of, prover_weight=prover_weight, max_depth=max_depth
+  )
 
 
 def nonzero(advantages: jax.Array, *, tolerance: float) -> jax.Array:

@@ -61,8 +61,12 @@ def _power_of_two(size: int) -> int:
 def _estimate(parent, depth, rewards, leaf, probe, counted, *, max_depth, cfg):
   forest = value_ops.forest_values(parent, depth, rewards, leaf, counted, max_depth=max_depth)
   advantages = advantage_kinds.make_advantage(
-    cfg.kind, eps=cfg.eps, best_of=cfg.best_of, prover_weight=cfg.prover_weight
-  )(forest, parent, counted)
+    cfg.kind,
+    eps=cfg.eps,
+    best_of=cfg.best_of,
+    prover_weight=cfg.prover_weight,
+    max_depth=max_depth,
+  )(forest, parent, depth=depth, counted=counted)
   trained = (depth > 0) & (~probe | cfg.train_probes)
   if not cfg.train_zero:
     trained &= advantage_kinds.nonzero(advantages, tolerance=cfg.tolerance)

@@ -85,9 +85,9 @@ PROVER_WEIGHT = 5.0
 def _solve(forest, *, max_depth):
   nodes = values.forest_values(*forest, max_depth=max_depth)
   by_kind = {
-    kind: advantages.make_advantage(kind, eps=1e-8, best_of=4, prover_weight=PROVER_WEIGHT)(
-      nodes, forest.parent, forest.counted
-    )
+    kind: advantages.make_advantage(
+      kind, eps=1e-8, best_of=4, prover_weight=PROVER_WEIGHT, max_depth=max_depth
+    )(nodes, forest.parent, depth=forest.depth, counted=forest.counted)
     for kind in advantages.ADVANTAGES
   }
   return nodes, by_kind

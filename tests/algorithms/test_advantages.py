@@ -205,5 +205,7 @@ def test_rounding_does_not_become_a_signal(parts):
 
 
 def test_unknown_advantage_raises():
-  with pytest.raises(ValueError, match="difference.*leave_one_out.*normalized.*prover.*reward"):
-    advantages.make_advantage("gae", eps=1e-8, best_of=4, prover_weight=5.0)
+  with pytest.raises(
+    ValueError, match="difference.*leave_one_out.*normalized.*prover.*reward.*shrinkage"
+  ):
+    advantages.make_advantage("gae", eps=1e-8, best_of=4, prover_weight=5.0, max_depth=1)

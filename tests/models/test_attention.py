@@ -12,7 +12,7 @@ from spo_jax.models.attention import (
   blocks,
   flash,
 )
-from spo_jax.training.packing import visible_blocks
+from spo_jax.training.key_blocks import visible_blocks
 
 T, H, K, DH = 24, 4, 2, 8
 PLAIN = AttentionSpec(DH**-0.5)

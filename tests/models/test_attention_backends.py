@@ -16,7 +16,7 @@ from spo_jax.models import attention
 from spo_jax.models.attention import AttentionSpec, blocks, cudnn, flash
 from spo_jax.models.decoder import LayerKind, forward
 from spo_jax.models.rope import Rope
-from spo_jax.training.packing import visible_blocks
+from spo_jax.training.key_blocks import visible_blocks
 from tests.models.test_attention import ancestors, dense_attention, random_row
 from tests.tiny import VOCAB, tiny_config, tiny_params
 

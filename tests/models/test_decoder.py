@@ -10,7 +10,7 @@ from spo_jax.infra.mesh import PARAM_RULES
 from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
 from spo_jax.models.decoder import count_params, forward, init_params, unembedding
 from spo_jax.models.rope import Rope, rotary_tables, rotate
-from spo_jax.training.packing import visible_blocks
+from spo_jax.training.key_blocks import visible_blocks
 from tests.models.test_attention import ancestors, random_row
 from tests.tiny import VOCAB, tiny_config, tiny_params
 

@@ -18,7 +18,8 @@ from spo_jax.models.families import config_from_hf, hf_shape, parameter_table, t
 from spo_jax.models.pretrained import find_pretrained, load_params
 from spo_jax.sampling import verbs
 from spo_jax.sampling.token import SamplingConfig
-from spo_jax.training.packing import PackedForest, visible_blocks
+from spo_jax.training.key_blocks import visible_blocks
+from spo_jax.training.packing import PackedForest
 from spo_jax.training.step import forest_logprobs
 from tests.byte_tokenizer import make_tokenizer
 from tests.models import hf_models

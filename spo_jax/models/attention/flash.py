@@ -47,7 +47,7 @@ def interval_attention(
   """As `blocks.interval_attention`, of the same arguments; a query that sees no key yields 0.
 
   The key blocks of a query block must differ from each other, and -1 must come last among them, as
-  `packing.visible_blocks` has it.
+  `key_blocks.visible_blocks` has it.
   """
   B, T, H, Dh = q_BxTxHxDh.shape
   K = k_BxTxKxDh.shape[2]
