@@ -177,3 +177,14 @@ def prune(forest: Forest, keep: np.ndarray) -> tuple[Forest, np.ndarray]:
     logprobs=forest.logprobs[spans],
   )
   return pruned, index
+
+
+def shorten(forest: Forest, lengths: np.ndarray) -> Forest:
+  """The same N nodes, each with its first so many tokens, [N]."""
+  within = np.arange(len(forest.tokens)) - np.repeat(forest.offsets[:-1], forest.lengths)
+  kept = within < np.repeat(lengths, forest.lengths)
+  return forest._replace(
+    offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, forest.lengths))]),
+    tokens=forest.tokens[kept],
+    logprobs=forest.logprobs[kept],
+  )

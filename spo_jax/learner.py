@@ -17,6 +17,7 @@ from spo_jax.run import Run
 from spo_jax.training import objective, packing
 from spo_jax.training.prepare import prepare
 from spo_jax.training.step import TrainState, critic_step, init_state, train_step
+from spo_jax.training.trimming import trim
 from spo_jax.training.weights import segment_weights
 
 NO_TOKENS_WEIGHT = 1e-9  # of an optimiser step without tokens in the metrics' means
@@ -80,10 +81,11 @@ class Learner:
     began = time.perf_counter()
     if config.restart:
       self._policy = init_state(jax.tree.map(jnp.copy, self._ref_params), config.optimizer)
+    read, in_loss = trim(forest, trained, config)
     packed, counts = packing.pack(
-      forest,
+      read,
       advantages,
-      trained,
+      in_loss,
       pack_config(config),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
@@ -185,7 +187,9 @@ def most_pairs(config: Config) -> int:
 def pack_config(config: Config) -> packing.PackConfig:
   """The shape of the packed batch, fixed for the whole run."""
   rows = config.packing
-  shape = packing.PackConfig(rows.row_length, rows.rows, rows.query_block, rows.key_block)
+  shape = packing.PackConfig(
+    rows.row_length, rows.rows, rows.query_block, rows.key_block, updates=config.minibatches
+  )
   return packing.with_room(
     shape, config.longest_segments, config.longest_tree, config.rollout.prompts
   )

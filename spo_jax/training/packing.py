@@ -55,6 +55,7 @@ class PackConfig:
   key_block: int  # L, keys of an attention block
   key_blocks: int = 0  # W; 0 takes what the batch needs
   min_micro_batches: int = 1  # M, so that its shape need not change; doubled until the batch fits
+  updates: int = 1  # rows are dealt to as many micro-batches at least, so that none is empty
 
   def __post_init__(self):
     for whole, part in (("row_length", "query_block"), ("query_block", "key_block")):
@@ -97,7 +98,7 @@ def pack(
       `cfg.key_blocks`.
   """
   layout = lay_out(forest, trained, cfg.row_length)
-  micro_batches = -(-layout.rows // cfg.rows)
+  micro_batches = max(-(-layout.rows // cfg.rows), min(cfg.updates, layout.rows))
   room = cfg.min_micro_batches
   while room < micro_batches:  # of few shapes, since each is a compilation
     room *= 2

@@ -116,3 +116,50 @@ def test_the_spread_of_a_large_forest_is_that_of_its_parts():
   np.testing.assert_allclose(spread.observed, exact_spread().observed, rtol=0.03)
   np.testing.assert_allclose(spread.true, VARIANCES, rtol=0.05)
   assert counts[-1] * 20000 == len(levels[-1].reshape(-1))
+
+
+def shrunk(nodes, *, max_depth):
+  """(advantages by kind, forest) of a forest given by its nodes."""
+  forest = reference.make_forest(nodes)
+  return reference.solve(forest, max_depth=max_depth)[1], forest
+
+
+def test_one_prompt_of_one_level_has_its_siblings_alone():
+  nodes = [(-1, 0, np.nan, False, True)] + [(0, 1, r, True, True) for r in (1.0, 0.0, 0.0, 1.0)]
+  by_kind, _ = shrunk(nodes, max_depth=1)
+  np.testing.assert_allclose(by_kind["shrinkage"], by_kind["leave_one_out"], atol=1e-6)
+
+
+def test_prompts_that_differ_by_noise_alone_share_their_mean():
+  rewards = ((1.0, 0.0), (0.0, 1.0), (1.0, 0.0))  # the same mean: nothing true lies between them
+  nodes = [(-1, 0, np.nan, False, True)] * 3
+  nodes += [(prompt, 1, r, True, True) for prompt, pair in enumerate(rewards) for r in pair]
+  by_kind, forest = shrunk(nodes, max_depth=1)
+  leaf = np.asarray(forest.leaf)
+  np.testing.assert_allclose(
+    by_kind["shrinkage"][leaf], np.asarray(forest.rewards)[leaf] - 0.5, atol=1e-6
+  )
+
+
+def test_prompts_whose_responses_agree_have_no_noise_to_share():
+  nodes = [(-1, 0, np.nan, False, True)] * 2
+  nodes += [(prompt, 1, float(prompt), True, True) for prompt in (0, 1) for _ in range(2)]
+  by_kind, _ = shrunk(nodes, max_depth=1)
+  np.testing.assert_allclose(by_kind["shrinkage"], 0, atol=1e-6)
+
+
+def test_a_chains_trajectory_is_measured_by_its_probes():
+  # Two prompts of equal value, each a trajectory of two segments with two probes from the middle.
+  nodes = []
+  for first in (0, 6):
+    nodes += [
+      (-1, 0, np.nan, False, True),
+      (first, 1, np.nan, False, False),
+      (first + 1, 2, 1.0, True, False),
+      (first + 1, 2, 1.0, True, True),
+      (first + 1, 2, 0.0, True, True),
+      (first, 1, 0.5, True, True),
+    ]
+  by_kind, _ = shrunk(nodes, max_depth=2)
+  last = by_kind["shrinkage"][[2, 8]]
+  np.testing.assert_allclose(last, 0.5, atol=1e-6)

@@ -317,6 +317,17 @@ def test_micro_batches_hold_the_rows():
   assert batch.segments.tolist() == [3, 3, 3, 0, 0]
 
 
+def test_rows_are_dealt_to_all_updates_and_no_update_is_empty():
+  rng = np.random.default_rng(0)
+  forest = path_forest(rng, [10] * 5, [20] * 5)
+  advantages, trained = np.ones(len(forest.parent), np.float32), own_segments(forest)
+  for updates, used in ((1, 2), (3, 3), (9, 5)):  # five rows, four to a micro-batch
+    cfg = PackConfig(32, 4, 16, 8, updates=updates)
+    batch, counts = pack(forest, advantages, trained, cfg)
+    assert counts["micro_batches"] == used
+    assert (batch.segments[:used] > 0).all() and batch.segments.sum() == 5
+
+
 def test_more_micro_batches_than_there_is_room_for_come_in_few_shapes():
   """A root of 24 tokens, 40 leaves of 5: each row of 32 holds a copy of the root and one leaf."""
   forest = tree_forest(np.random.default_rng(0), (40,), (5,), prompts=(24,))
