@@ -59,8 +59,8 @@ def judge_methods(
 ) -> list[Drawn]:
   """Judges methods, each in the largest size for each share of sampled tokens.
 
-  Methods that do not fit a share are left out there; of those that estimate alike the first is
-  judged.
+  Methods that do not fit a share are left out there, and those whose advantages depend on more than
+  a prompt's own rollouts everywhere; of those that estimate alike the first is judged.
   """
   found = []
   for share in shares:
@@ -72,11 +72,16 @@ def judge_methods(
         continue
       estimator = dataclasses.replace(config.advantage, train_probes=False, train_zero=False)
       key = (config.rollout, config.partition, config.probability_threshold, estimator)
-      if config.critic.trunk != "none" or key in seen:
+      if not _of_own_rollouts(config) or key in seen:
         continue
       seen.add(key)
       found.append(_judge(bench, Method(method.name, config), share))
   return found
+
+
+def _of_own_rollouts(config: Config) -> bool:
+  """Whether advantages depend on the prompt's own rollouts alone, on no critic or other prompt."""
+  return config.critic.trunk == "none" and config.advantage.kind != "shrinkage"
 
 
 def _judge(bench: Bench, method: Method, share: int) -> Drawn:

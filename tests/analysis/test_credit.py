@@ -31,11 +31,14 @@ def judged(tmp_path_factory):
   args = credit.parse_args([f"--workdir={folder}", f"--out={folder}", *SIZES.split()])
   config = run.config
   difference = dataclasses.replace(config.advantage, kind="difference")
+  shrinkage = dataclasses.replace(config.advantage, kind="shrinkage")
   whole = dataclasses.replace(config.loss, normalization="constant")
   methods = [
     Method("RLOO", config),
     Method("chain", changed(dataclasses.replace(config, advantage=difference), strategy="chain")),
     Method("tree", changed(config, strategy="tree")),
+    # Its advantages depend on all prompts of a batch, so its gradients alone are judged.
+    Method("shrinkage", dataclasses.replace(config, advantage=shrinkage)),
   ]
   page = credit.judge(
     args, run, params, None, methods, Method("true", dataclasses.replace(config, loss=whole))
@@ -51,7 +54,7 @@ def test_all_methods_are_judged_at_all_shares_and_budgets(judged):
   assert all(row["tokens"] <= row["share"] for row in advantages)
   assert advantages[0]["tokens"] < 12 and advantages[2]["tokens"] > 30
   assert all(np.isfinite(row["all_tokens"]["rmse"]) for row in advantages)
-  assert set(report["gradients"]) == {"RLOO", "chain", "tree"}
+  assert set(report["gradients"]) == {"RLOO", "chain", "tree", "shrinkage"}
   for found in report["gradients"].values():
     assert [at["updates"] for at in found] == [4, 2]
     assert abs(found[0]["tokens"] / 200 - 1) < 0.2

@@ -46,6 +46,14 @@ def measured():
     method("mask", masked, loss__use_probability_mask=True),
     method("tree, shares", run.config, **tree, loss__segment_weights="share"),
     method("tree", run.config, **tree),
+    method("shrinkage", run.config, advantage__kind="shrinkage"),
+    method(
+      "tree, shrinkage, shares",
+      run.config,
+      **tree,
+      advantage__kind="shrinkage",
+      loss__segment_weights="share",
+    ),
   ]
   return gradients.measure(
     run, params, methods, "train", tokens=TOKENS, batches=BATCHES, prompts=128, advance=nothing
@@ -69,6 +77,8 @@ def test_rloo_is_the_gradient_of_the_expected_reward(measured, exact):
     ("mask", False),
     ("tree, shares", True),
     ("tree", False),
+    ("shrinkage", True),
+    ("tree, shrinkage, shares", True),
   ],
 )
 def test_mean_cosine_tells_the_unbiased_from_the_biased(measured, exact, name, unbiased):
@@ -76,6 +86,13 @@ def test_mean_cosine_tells_the_unbiased_from_the_biased(measured, exact, name, u
   cosine = mean_cosine(measured[name].pooled(1), truth)
   assert cosine.error < 0.05
   assert (abs(cosine.value - 1) < 3 * cosine.error) == unbiased, cosine
+
+
+def test_the_baseline_of_the_whole_forest_takes_noise_out(measured, exact):
+  truth = -np.tile(exact, (4, 1)).astype(np.float32)
+  ratio = lambda name: align(measured[name], truth, 1).signal_to_noise.value
+  assert ratio("tree, shrinkage, shares") > 1.1 * ratio("tree, shares")
+  assert ratio("shrinkage") > ratio("RLOO")
 
 
 def test_cosines_rise_to_one_with_the_number_of_tokens(measured, exact):
