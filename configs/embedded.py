@@ -22,20 +22,20 @@ class Embedded:
   warm_start: WarmStartConfig = WarmStartConfig(target_accuracy=0.24)
 
 
-ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(13, 13))
+ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(26,))
 EMBEDDED = {
   "arithmetic": ARITHMETIC,
   "filler": dataclasses.replace(
-    ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(16, 16)
+    ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(32,)
   ),
-  # A first operation has 5 to 8 tokens, a try about 14.
+  # A first operation has 5 to 8 tokens, which the first segment holds; a try about 14.
   "countdown": Embedded(
     "countdown",
     "plain",
     "countdown",
     max_prompt_tokens=12,
     max_response_tokens=38,
-    tree_segments=(7, 8),
+    tree_segments=(8,),
     warm_start=WarmStartConfig(max_steps=1500, eval_every=50, target_accuracy=0.24),
   ),
 }

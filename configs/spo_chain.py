@@ -44,6 +44,7 @@ def embedded(config, task: Embedded) -> None:
   """SPO-chain on an embedded task."""
   apply_embedded(config, task)
   config.iterations = 240
+  config.minibatches = 3
 
   config.rollout.prompts = 48
   config.rollout.samples = 2
@@ -54,7 +55,8 @@ def embedded(config, task: Embedded) -> None:
   config.partition.interval = 2  # cutpoints a segment; responses here have 5 to 10
   # Beyond the paper, and better at equal tokens (benchmarks/RESULTS.md): probes are rollouts of
   # the policy like any others, so they are trained, and a cut's value counts the trajectory's own
-  # continuation; a segment weighs as much as it stands for.
+  # continuation; a segment weighs as much as it stands for; the baseline is of the whole batch.
+  config.advantage.kind = "shrinkage"
   config.advantage.train_probes = True
   config.advantage.pool_trajectory = True
   config.loss.segment_weights = "share"

@@ -17,6 +17,7 @@ def get_config(variant: str | None = None):
   """The config of a variant: see `spo_chain.py`."""
   config = spo_chain.get_config(variant)
   config.partition.kind = "delimiter"
+  config.advantage.kind = "difference"
   config.advantage.train_probes = config.advantage.pool_trajectory = False
   config.loss.segment_weights = "equal"
   config.loss.use_probability_mask = False

@@ -39,6 +39,7 @@ def method(module, **overrides) -> Config:
 
 
 PAPER_CHAIN = {
+  "advantage__kind": "difference",
   "advantage__train_probes": False,
   "advantage__pool_trajectory": False,
   "loss__segment_weights": "equal",

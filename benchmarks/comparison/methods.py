@@ -37,11 +37,29 @@ METHODS = (
   Method("grpo_mask", "configs/grpo.py", {"loss.use_probability_mask": True}),
   Method("grpo_all_rows", "configs/grpo.py", {"advantage.train_zero": True}),
   Method("spo_tree_no_mask", "configs/spo_tree.py", {"loss.use_probability_mask": False}),
+  # Small groups with SPO-tree's baseline and mask: what is left when the segments are taken away.
+  Method(
+    "group_shrinkage",
+    "configs/spo_tree.py",
+    {"rollout.branches": (2,), "rollout.segment_tokens": (), "rollout.prompts": 208},
+  ),
+  # SPO-tree as in the paper: siblings are one another's baseline.
+  Method(
+    "spo_tree_paper",
+    "configs/spo_tree.py",
+    {
+      "advantage.kind": "difference",
+      "rollout.branches": (2, 2, 2),
+      "rollout.segment_tokens": (13, 13),
+      "rollout.prompts": 96,
+    },
+  ),
   # SPO-chain as in the paper: probes estimate values and are thrown away.
   Method(
     "spo_chain_paper",
     "configs/spo_chain.py",
     {
+      "advantage.kind": "difference",
       "advantage.train_probes": False,
       "advantage.pool_trajectory": False,
       "loss.segment_weights": "equal",

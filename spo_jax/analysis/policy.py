@@ -23,25 +23,35 @@ CHECKPOINT, WARM_START = "checkpoint", "warm_start"
 
 # NAME: FILE FIELD=VALUE ..., each a method and what is changed in it.
 PAPER_CHAIN = (
-  "advantage.train_probes=False advantage.pool_trajectory=False loss.segment_weights=equal"
+  "configs/spo_chain.py advantage.kind=difference advantage.train_probes=False "
+  "advantage.pool_trajectory=False loss.segment_weights=equal"
+)
+PAPER_TREE = (
+  "configs/spo_tree.py advantage.kind=difference rollout.branches=(2,2,2) "
+  "rollout.segment_tokens=(13,13)"
 )
 METHODS = (
   "GRPO: configs/grpo.py",
   "RLOO: configs/rloo.py",
   "RLOO, mask: configs/rloo.py loss.use_probability_mask=True",
+  "RLOO, 2 responses: configs/rloo.py rollout.samples=2",
+  "RLOO, 2 responses, shrinkage: configs/rloo.py rollout.samples=2 advantage.kind=shrinkage",
   "VinePPO: configs/vineppo.py",
   # As in the paper; then with each of what the config of the embedded tasks adds to it.
-  f"SPO-chain: configs/spo_chain.py {PAPER_CHAIN}",
-  f"SPO-chain, pooled: configs/spo_chain.py {PAPER_CHAIN} advantage.pool_trajectory=True",
-  f"SPO-chain, probes trained: configs/spo_chain.py {PAPER_CHAIN} advantage.train_probes=True",
-  f"SPO-chain, probes trained, shares: configs/spo_chain.py {PAPER_CHAIN} "
-  "advantage.train_probes=True loss.segment_weights=share",
-  "SPO-tree: configs/spo_tree.py",
-  "SPO-tree, all tokens: configs/spo_tree.py loss.use_probability_mask=False",
-  "SPO-tree, shares: configs/spo_tree.py loss.segment_weights=share",
-  "SPO-tree 4-4-4: configs/spo_tree.py rollout.branches=(4,4,4)",
-  "SPO-tree 8-2, shares: configs/spo_tree.py rollout.branches=(8,2) rollout.segment_tokens=(20,) "
-  "loss.segment_weights=share advantage.kind=leave_one_out",
+  f"SPO-chain: {PAPER_CHAIN}",
+  f"SPO-chain, pooled: {PAPER_CHAIN} advantage.pool_trajectory=True",
+  f"SPO-chain, probes trained: {PAPER_CHAIN} advantage.train_probes=True",
+  f"SPO-chain, probes trained, shares: {PAPER_CHAIN} advantage.train_probes=True "
+  "loss.segment_weights=share",
+  "SPO-chain, all of it and shrinkage: configs/spo_chain.py",
+  f"SPO-tree 2-2-2: {PAPER_TREE}",
+  f"SPO-tree 2-2-2, all tokens: {PAPER_TREE} loss.use_probability_mask=False",
+  f"SPO-tree 2-2-2, shares: {PAPER_TREE} loss.segment_weights=share",
+  f"SPO-tree 2-2-2, shrinkage: {PAPER_TREE} advantage.kind=shrinkage",
+  f"SPO-tree 4-4-4: {PAPER_TREE} rollout.branches=(4,4,4)",
+  "SPO-tree 2-2: configs/spo_tree.py advantage.kind=difference",
+  "SPO-tree 2-2, shrinkage: configs/spo_tree.py",
+  "SPO-tree 2-2, shrinkage, shares: configs/spo_tree.py loss.segment_weights=share",
 )
 
 
