@@ -18,6 +18,7 @@ class Embedded:
   max_prompt_tokens: int
   max_response_tokens: int
   tree_segments: tuple[int, ...]  # M of SPO-tree's levels but the last
+  chain_interval: int = 2  # cutpoints a segment of SPO-chain; plain responses have 5 to 10
   # It stops early on purpose: that leaves RL most of the way.
   warm_start: WarmStartConfig = WarmStartConfig(target_accuracy=0.24)
 
@@ -26,7 +27,7 @@ ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(2
 EMBEDDED = {
   "arithmetic": ARITHMETIC,
   "filler": dataclasses.replace(
-    ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(32,)
+    ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(32,), chain_interval=5
   ),
   # A first operation has 5 to 8 tokens, which the first segment holds; a try about 14.
   "countdown": Embedded(

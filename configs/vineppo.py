@@ -23,4 +23,9 @@ def get_config(variant: str | None = None):
   config.loss.use_probability_mask = False
   embedded = parse_variant(variant, spo_chain.VARIANTS, "arithmetic") in EMBEDDED
   config.partition.delimiter = ";" if embedded else "\n"
+  if embedded:
+    config.rollout.prompts = 48
+    config.rollout.probes = 4
+    config.rollout.probe_where = "all"
+    config.rollout.slots = 96
   return config

@@ -39,6 +39,7 @@ def method(module, **overrides) -> Config:
 
 
 PAPER_CHAIN = {
+  "rollout__probes": 4,
   "advantage__kind": "difference",
   "advantage__train_probes": False,
   "advantage__pool_trajectory": False,
@@ -198,15 +199,18 @@ def grown(config, *, delimiter_ids=()):
 
 def test_vineppo_is_a_chain_whose_cuts_are_delimiters():
   steps = grown(method(vineppo), delimiter_ids=(ScriptedSampler.DELIMITER,))
-  thirds = grown(method(spo_chain, partition__kind="fixed", partition__length=3))
+  chain = method(spo_chain, **PAPER_CHAIN)
+  cut_at = lambda length: method(
+    spo_chain, **PAPER_CHAIN, partition__kind="fixed", partition__length=length
+  )
+  thirds = grown(cut_at(3))
   for name in Forest._fields:
     np.testing.assert_array_equal(getattr(steps, name), getattr(thirds, name), err_msg=name)
   assert (steps.depth[~steps.probe].max(), steps.probe.sum()) == (3, 3 * (1 + 2 * 2) * 4)
-  others = grown(method(spo_chain, partition__kind="fixed", partition__length=2))
+  others = grown(cut_at(2))
   assert others.depth.max() > steps.depth.max()
 
   rewards = np.random.default_rng(1).random(len(steps.parent)).astype(np.float32)
-  chain = method(spo_chain, **PAPER_CHAIN)
   assert estimate(steps, rewards, chain.advantage, probed=True).trained.sum() == 3 * 2 * 3
   grads, *_ = gradient_of(method(vineppo), steps, rewards)
   assert_trees_close(gradient_of(chain, thirds, rewards)[0], grads, 1e-7)

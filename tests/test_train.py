@@ -110,7 +110,7 @@ SHARED = ADAPTIVE | {
 
 
 REPLAY = {
-  "rollout__segment_tokens": (4, 4),
+  "rollout__segment_tokens": (4,),
   "replay__max_age": 4,
   "replay__segments_per_question": 2,
 }

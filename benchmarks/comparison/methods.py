@@ -59,6 +59,10 @@ METHODS = (
     "spo_chain_paper",
     "configs/spo_chain.py",
     {
+      "rollout.prompts": 48,
+      "rollout.probes": 4,
+      "rollout.probe_where": "all",
+      "rollout.slots": 96,
       "advantage.kind": "difference",
       "advantage.train_probes": False,
       "advantage.pool_trajectory": False,

@@ -23,8 +23,8 @@ CHECKPOINT, WARM_START = "checkpoint", "warm_start"
 
 # NAME: FILE FIELD=VALUE ..., each a method and what is changed in it.
 PAPER_CHAIN = (
-  "configs/spo_chain.py advantage.kind=difference advantage.train_probes=False "
-  "advantage.pool_trajectory=False loss.segment_weights=equal"
+  "configs/spo_chain.py rollout.probes=4 rollout.probe_where=all advantage.kind=difference "
+  "advantage.train_probes=False advantage.pool_trajectory=False loss.segment_weights=equal"
 )
 PAPER_TREE = (
   "configs/spo_tree.py advantage.kind=difference rollout.branches=(2,2,2) "

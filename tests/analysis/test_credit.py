@@ -89,7 +89,7 @@ def test_methods_are_configs_with_changes_on_the_task_of_the_run():
   assert (b.name, b.config.loss.scaling, b.config.rollout.segment_tokens) == (
     "b",
     "whiten",
-    (16, 16),
+    (32,),
   )
   for method in (a, b):
     assert method.config.rollout.top_k == 7 and method.config.loss.kl_coef == 0
