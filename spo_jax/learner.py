@@ -87,6 +87,7 @@ class Learner:
       advantages,
       in_loss,
       pack_config(config),
+      all_trained=int(trained.sum()),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
       most_pairs=most_pairs(config),

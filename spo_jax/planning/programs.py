@@ -116,7 +116,7 @@ def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
     old_logprobs=array(jnp.float32, M, B, T),
     ref_logprobs=array(jnp.float32, M, B, T),
     key_blocks=array(jnp.int32, M, B, N, cfg.key_blocks),
-    segments=array(jnp.int32, M),
+    segments=array(jnp.float32, M),
     weights=array(jnp.float32, M, B, T) if has_weights(config) else None,
     sequence=array(jnp.int32, M, B, T) if pairs else None,
     pairs=array(jnp.int32, M, most_pairs(config), 2) if pairs else None,

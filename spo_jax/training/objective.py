@@ -139,7 +139,7 @@ def unit_scale(loss_cfg: LossConfig, batch: PackedForest, used_M: jax.Array) -> 
   if loss_cfg.kind == "dpo_positive":
     units = jnp.sum((batch.pairs[..., 0] >= 0) & used_M[:, None], dtype=jnp.float32)
   elif loss_cfg.normalization == "constant":
-    units = loss_cfg.response_tokens * jnp.sum(batch.segments * used_M).astype(jnp.float32)
+    units = loss_cfg.response_tokens * jnp.sum(batch.segments * used_M)
   else:
     weights = batch.loss_mask if batch.weights is None else batch.weights * batch.loss_mask
     units = jnp.sum(jnp.where(used_M[:, None, None], weights, 0), dtype=jnp.float32)

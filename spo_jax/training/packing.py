@@ -36,7 +36,7 @@ class PackedForest(NamedTuple):
   old_logprobs: np.ndarray  # float32, under the sampling policy
   ref_logprobs: np.ndarray  # float32, under the reference policy; 0 until they are computed
   key_blocks: np.ndarray  # [M, B, N, W] int32, key blocks that a query block may see; -1 pads
-  segments: np.ndarray  # [M] int32, trained segments
+  segments: np.ndarray  # [M] float32, trained segments; see `pack`
   weights: np.ndarray | None = None  # float32, of the token in the policy loss; None: all are 1
   sequence: np.ndarray | None = None  # int32, number in its micro-batch of a response in a pair; -1
   pairs: np.ndarray | None = None  # [M, P, 2] int32, sequences: chosen, rejected; -1 pads
@@ -70,6 +70,7 @@ def pack(
   trained: np.ndarray,
   cfg: PackConfig,
   *,
+  all_trained: int = 0,
   weights: np.ndarray | None = None,
   pairs: np.ndarray | None = None,
   most_pairs: int = 0,
@@ -84,6 +85,8 @@ def pack(
     advantages: [N] float32, of each node's segment.
     trained: [N] bool, segments that enter the loss.
     cfg: shape of the batch.
+    all_trained: number of trained segments, those included that have no token in the loss and are
+      left out; they are counted where the others are, in equal shares. 0: there are none such.
     weights: [N] float32, of each node's tokens in the policy loss; None: all are 1.
     pairs: [P, 2] node ids of trained responses, chosen and rejected, of one tree each, which fits a
       row; None if the loss has no pairs.
@@ -121,13 +124,14 @@ def pack(
   batch["until"] = batch["until"].reshape(room * cfg.rows, -1, cfg.key_block)
   batch = {name: x.reshape(room, cfg.rows, *x.shape[1:]) for name, x in batch.items()}
   segments = np.bincount(layout.row[own] // cfg.rows, minlength=room)
-  batch["segments"] = segments.astype(np.int32)
+  each = all_trained / own.sum() if all_trained and own.any() else 1
+  batch["segments"] = (segments * each).astype(np.float32)
   if pairs is not None:
     batch["pairs"] = table
   counts = {
     "rows": layout.rows,
     "micro_batches": micro_batches,
-    "segments": int(trained.sum()),
+    "segments": all_trained or int(trained.sum()),
     "tokens": int(batch["loss_mask"].sum()),
     "packed_tokens": int(forest.lengths[layout.node].sum()),
     "distinct_tokens": int(forest.lengths[np.unique(layout.node)].sum()),

@@ -370,6 +370,6 @@ def test_packing_is_deterministic_and_of_the_promised_types():
     if name not in asked:
       continue
     np.testing.assert_array_equal(x, y, err_msg=name)
-    kind = {"loss_mask": bool, "advantages": np.float32}.get(name)
+    kind = {"loss_mask": bool, "advantages": np.float32, "segments": np.float32}.get(name)
     kind = kind or (np.float32 if name.endswith("logprobs") else np.int32)
     assert x.dtype == kind, name
