@@ -20,7 +20,8 @@ from absl import flags
 
 from spo_jax import command_line, rewards
 from spo_jax.config import EvaluationConfig
-from spo_jax.config_check import check_mesh, from_config_dict
+from spo_jax.config_check import from_config_dict
+from spo_jax.config_rules import check_mesh
 from spo_jax.evaluation import respond
 from spo_jax.forest import Forest
 from spo_jax.infra.mesh import make_mesh, row_shards

@@ -17,7 +17,8 @@ from absl import flags
 
 from spo_jax import command_line
 from spo_jax.config import Config
-from spo_jax.config_check import check_mesh, from_config_dict
+from spo_jax.config_check import from_config_dict
+from spo_jax.config_rules import check_mesh
 from spo_jax.data.tokenizer import load_tokenizer
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, row_shards

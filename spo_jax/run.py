@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from spo_jax.algorithms.partition import make_partition
 from spo_jax.config import ComputeConfig, Config, NewModelConfig, RolloutConfig
-from spo_jax.config_check import check_mesh
+from spo_jax.config_rules import check_mesh
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress

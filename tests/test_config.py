@@ -9,7 +9,8 @@ import pytest
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
 from configs.experiments import EXPERIMENTS
 from spo_jax.config import Config, default_config, parse_variant
-from spo_jax.config_check import check_field, check_mesh, from_config_dict
+from spo_jax.config_check import check_field, from_config_dict
+from spo_jax.config_rules import check_mesh
 from spo_jax.errors import UserError
 
 METHODS = (spo_tree, spo_chain, grpo, rloo, dr_grpo, ppo, vineppo, restem, dpo_positive)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from spo_jax.config import Config, MeshConfig
-from spo_jax.config_check import check_mesh
+from spo_jax.config_rules import check_mesh
 from spo_jax.errors import UserError
 from spo_jax.infra import mesh as meshes
 from spo_jax.models.decoder import init_params
