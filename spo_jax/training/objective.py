@@ -176,11 +176,34 @@ def policy_objective(
   Returns:
     (share of the loss, what adds up to the metrics).
   """
-  temperature, chunk = loss_cfg.temperature, loss_cfg.logprob_chunk
   hidden = forest_states(cfg, params, micro)
   logprobs = states_logprobs(
-    cfg, params, hidden, micro.tokens, temperature=temperature, chunk=chunk
+    cfg,
+    params,
+    hidden,
+    micro.tokens,
+    temperature=loss_cfg.temperature,
+    chunk=loss_cfg.logprob_chunk,
   )
+  loss, aux = _policy_term(loss_cfg, logprobs, micro, scale.per_unit)
+  kl = _kl(loss_cfg, logprobs, micro) if loss_cfg.kl_coef else jnp.zeros(())
+  if loss_cfg.kl_in == "loss":
+    loss = loss + kl_coef * kl * scale.per_segment
+  if loss_cfg.forward_kl_coef:
+    divergence = _forward_kl(cfg, loss_cfg, params, ref_params, hidden, micro) * scale.per_token
+    loss = loss + loss_cfg.forward_kl_coef * divergence
+    aux["forward_kl"] = divergence
+  if loss_cfg.critic is not None and loss_cfg.critic.trunk == "shared":
+    values = value_sums(loss_cfg.critic, state_values(params, hidden), micro)
+    loss = loss + loss_cfg.critic.coef * values.loss * scale.per_token
+    aux["values"] = values
+  return loss, aux | {"loss": loss, "kl": kl * scale.per_token}
+
+
+def _policy_term(
+  loss_cfg: LossConfig, logprobs: jax.Array, micro: PackedForest, per_unit: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+  """The first term of the loss, and what adds up to its metrics."""
   sums = losses.ppo_clip(
     logprobs,
     micro.old_logprobs,
@@ -191,48 +214,41 @@ def policy_objective(
     epsilon_high=loss_cfg.epsilon_high,
     log_ratio_bound=loss_cfg.log_ratio_bound,
   )
-  aux = {"sums": sums}
   if loss_cfg.kind == "ppo_clip":
-    loss = sums.loss * scale.per_unit
-  elif loss_cfg.kind == "likelihood":
-    loss = scale.per_unit * losses.weighted_nll(
-      logprobs, micro.advantages, micro.loss_mask, weights=micro.weights
-    )
-  else:
-    aux["pairs"] = _preference(loss_cfg, logprobs, micro)
-    loss = aux["pairs"].loss * scale.per_unit
-  kl = jnp.zeros(())
-  if loss_cfg.kl_coef:
-    kl = losses.kl_loss(
-      logprobs,
-      micro.ref_logprobs,
-      micro.loss_mask,
-      estimator=loss_cfg.kl_estimator,
-      clip_min=-loss_cfg.kl_clip_max,
-      clip_max=loss_cfg.kl_clip_max,
-    )
-  if loss_cfg.kl_in == "loss":
-    loss = loss + kl_coef * kl * scale.per_segment
-  if loss_cfg.forward_kl_coef:
-    divergence = losses.forward_kl(
-      hidden,
-      unembedding(cfg, params),
-      micro.ref_hidden,
-      unembedding(cfg, ref_params),
-      micro.loss_mask,
-      chunk=chunk,
-      temperature=temperature,
-      logit_cap=cfg.logit_cap,
-      clip_min=-loss_cfg.forward_kl_clip_max,
-      clip_max=loss_cfg.forward_kl_clip_max,
-    )
-    loss = loss + loss_cfg.forward_kl_coef * divergence * scale.per_token
-    aux["forward_kl"] = divergence * scale.per_token
-  if loss_cfg.critic is not None and loss_cfg.critic.trunk == "shared":
-    values = value_sums(loss_cfg.critic, state_values(params, hidden), micro)
-    loss = loss + loss_cfg.critic.coef * values.loss * scale.per_token
-    aux["values"] = values
-  return loss, aux | {"loss": loss, "kl": kl * scale.per_token}
+    return sums.loss * per_unit, {"sums": sums}
+  if loss_cfg.kind == "likelihood":
+    nll = losses.weighted_nll(logprobs, micro.advantages, micro.loss_mask, weights=micro.weights)
+    return nll * per_unit, {"sums": sums}
+  pairs = _preference(loss_cfg, logprobs, micro)
+  return pairs.loss * per_unit, {"sums": sums, "pairs": pairs}
+
+
+def _kl(loss_cfg: LossConfig, logprobs: jax.Array, micro: PackedForest) -> jax.Array:
+  return losses.kl_loss(
+    logprobs,
+    micro.ref_logprobs,
+    micro.loss_mask,
+    estimator=loss_cfg.kl_estimator,
+    clip_min=-loss_cfg.kl_clip_max,
+    clip_max=loss_cfg.kl_clip_max,
+  )
+
+
+def _forward_kl(
+  cfg: DecoderConfig, loss_cfg: LossConfig, params, ref_params, hidden, micro: PackedForest
+) -> jax.Array:
+  return losses.forward_kl(
+    hidden,
+    unembedding(cfg, params),
+    micro.ref_hidden,
+    unembedding(cfg, ref_params),
+    micro.loss_mask,
+    chunk=loss_cfg.logprob_chunk,
+    temperature=loss_cfg.temperature,
+    logit_cap=cfg.logit_cap,
+    clip_min=-loss_cfg.forward_kl_clip_max,
+    clip_max=loss_cfg.forward_kl_clip_max,
+  )
 
 
 def _preference(loss_cfg: LossConfig, logprobs, micro: PackedForest) -> preference.PreferenceSums:
