@@ -2,9 +2,10 @@
 probability below 0.9; V(cut) = mean reward of probe rollouts from there; A(segment) = V(end) -
 V(start); the loss sees those unlikely tokens alone.
 
-The default is the embedded task, five-step arithmetic with a chain of thought, and needs nothing
-but a CPU. `benchmarks/RESULTS.md` tells what it reaches. The paper's experiments, and what they
-need, are in `experiments.py`.
+The default is the embedded task, five-step arithmetic with a chain of thought, where probes are
+trained too and the baseline is of the whole batch. It needs nothing but a CPU.
+`benchmarks/RESULTS.md` tells what it reaches. The paper's experiments, and what they need, are in
+`experiments.py`.
 
   python -m spo_jax.main --config=configs/spo_chain.py --workdir=runs/spo_chain
   python -m spo_jax.main --config=configs/spo_chain.py:rho1b_gsm8k --workdir=runs/rho
@@ -62,7 +63,7 @@ def embedded(config, task: Embedded) -> None:
   config.advantage.pool_trajectory = True
   config.loss.segment_weights = "share"
 
-  config.optimizer.learning_rate = 6e-4  # the best of a sweep: benchmarks/RESULTS.md
+  config.optimizer.learning_rate = 6e-4  # not swept with these rollouts; 8e-4 was best with others
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
 
 

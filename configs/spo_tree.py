@@ -2,9 +2,10 @@
 bottom-up; A(segment) = V(end) - V(start); the loss sees the tokens that the sampling policy gave a
 probability below 0.9.
 
-The default is the embedded task, five-step arithmetic with a chain of thought. It needs nothing but
-a CPU: four to five minutes on two cores, warm start included, for a sampled test accuracy of 0.7
-(`benchmarks/RESULTS.md`). The paper's experiments, and what they need, are in `experiments.py`.
+The default is the embedded task, five-step arithmetic with a chain of thought, with many small trees
+and a baseline from all of them together in place of V(start). It needs nothing but a CPU: four to
+five minutes on two cores, warm start included (`benchmarks/RESULTS.md`). The paper's experiments,
+and what they need, are in `experiments.py`.
 
   python -m spo_jax.main --config=configs/spo_tree.py --workdir=runs/spo_tree
   python -m spo_jax.main --config=configs/spo_tree.py:filler --workdir=runs/spo_tree_filler
