@@ -2,7 +2,7 @@
 bottom-up; A(segment) = V(end) - V(start); the loss sees the tokens that the sampling policy gave a
 probability below 0.9.
 
-The default is the embedded task, five-step arithmetic with a chain of thought, with many small trees
+The default is the embedded task, five-step arithmetic with a chain of thought: many small trees,
 and a baseline from all of them together in place of V(start). It needs nothing but a CPU: four to
 five minutes on two cores, warm start included (`benchmarks/RESULTS.md`). The paper's experiments,
 and what they need, are in `experiments.py`.
