@@ -87,3 +87,29 @@ def test_the_weight_of_the_kl_follows_what_was_measured():
   metrics = learning.update(trained._replace(trained=np.zeros(len(FOREST.parent), bool)))
   assert metrics["train/skipped"] == 1
   assert learning.record()["kl_coef"] == weight
+
+
+def spans(nodes):
+  """(first, end) of the tokens of chosen nodes."""
+  return [FOREST.offsets[node : node + 2] for node in np.flatnonzero(nodes)]
+
+
+def test_what_the_loss_does_not_read_is_not_packed_and_no_update_is_empty():
+  rng = np.random.default_rng(5)
+  unlikely = np.log(np.where(rng.random(len(FOREST.tokens)) < 0.3, 0.3, 0.99)).astype(np.float32)
+  trained = own_segments(FOREST)
+  chosen = TrainingSet(FOREST._replace(logprobs=unlikely), ADVANTAGES, trained)
+  # All rows fit a micro-batch.
+  fields = {"packing__rows": 8, "loss__kl_control": "fixed"}
+  found = {}
+  for mask in (True, False):
+    learning = learner(loss__use_probability_mask=mask, **fields)
+    found[mask] = learning.update(chosen)
+    assert found[mask]["train/skipped"] == 0  # of both updates
+    assert found[mask]["train/segments"] == trained.sum()
+  assert found[False]["train/packed_tokens"] == len(FOREST.tokens)
+  in_loss = unlikely < np.log(0.9)
+  last = [np.flatnonzero(in_loss[a:b]).max(initial=-1) + 1 for a, b in spans(trained)]
+  prompts = FOREST.lengths[FOREST.depth == 0].sum()
+  assert found[True]["train/packed_tokens"] == prompts + sum(last) < 0.9 * len(FOREST.tokens)
+  assert 0 < found[True]["train/tokens"] < found[False]["train/tokens"]
