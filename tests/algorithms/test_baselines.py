@@ -141,6 +141,14 @@ def test_prompts_that_differ_by_noise_alone_share_their_mean():
   )
 
 
+def test_an_only_child_has_the_other_prompts():
+  rewards = (1.0, 0.0, 0.5)
+  nodes = [(-1, 0, np.nan, False, True)] * 3
+  nodes += [(prompt, 1, r, True, True) for prompt, r in enumerate(rewards)]
+  by_kind, _ = shrunk(nodes, max_depth=1)
+  np.testing.assert_allclose(by_kind["shrinkage"][3:], [0.75, -0.75, 0], atol=1e-6)
+
+
 def test_prompts_whose_responses_agree_have_no_noise_to_share():
   nodes = [(-1, 0, np.nan, False, True)] * 2
   nodes += [(prompt, 1, float(prompt), True, True) for prompt in (0, 1) for _ in range(2)]
