@@ -4,9 +4,10 @@ state's value, each weighed by how well it tells it.
 Values of a forest are modelled as sums of independent parts, one a level: the prompt's difficulty,
 then what each segment gains. The baseline of a segment is the best linear guess of the value in
 which it begins, by all leaves but its own (a Kalman filter from the root down). It does not depend
-on what the segment or its continuations did, so the policy gradient stays unbiased; and two
-siblings need not be each other's only baseline, which doubles the variance of a binary tree.
-With one level it is RLOO's mean, shrunk towards the mean of the other prompts.
+on what the segment or its continuations did, but for the variances, which are those of the whole
+batch; so the policy gradient stays unbiased. And two siblings need not be each other's only
+baseline, which doubles the variance of a binary tree. With one level it is RLOO's mean, shrunk
+towards the mean of the other prompts.
 """
 
 from typing import NamedTuple
