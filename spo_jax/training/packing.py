@@ -221,4 +221,5 @@ def with_room(
   half_full = -(-2 * trees * tree_tokens // cfg.row_length) + 1
   rows = min(-(-trees // in_row), half_full) if in_row else 2 * half_full
   key_blocks = key_blocks_bound(path_lengths, cfg.query_block, cfg.key_block, cfg.row_length)
-  return dataclasses.replace(cfg, key_blocks=key_blocks, min_micro_batches=-(-rows // cfg.rows))
+  micro_batches = max(-(-rows // cfg.rows), cfg.updates)
+  return dataclasses.replace(cfg, key_blocks=key_blocks, min_micro_batches=micro_batches)

@@ -326,6 +326,9 @@ def test_rows_are_dealt_to_all_updates_and_no_update_is_empty():
     batch, counts = pack(forest, advantages, trained, cfg)
     assert counts["micro_batches"] == used
     assert (batch.segments[:used] > 0).all() and batch.segments.sum() == 5
+    roomy = with_room(cfg, [10, 20], 30, 5)
+    batch, _ = pack(forest, advantages, trained, roomy)
+    assert len(batch.tokens) == roomy.min_micro_batches >= updates
 
 
 def test_more_micro_batches_than_there_is_room_for_come_in_few_shapes():
