@@ -5,6 +5,7 @@ their experiment is about.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -265,6 +266,13 @@ class Config:
   def branches(self) -> tuple[int, ...]:
     """Children of a node by depth; a group is a tree of one level."""
     return (self.rollout.samples,) if self.rollout.strategy == "group" else self.rollout.branches
+
+  @property
+  def responses(self) -> int:
+    """Responses that an iteration samples; a chain's probes are not counted."""
+    rollout = self.rollout
+    each = rollout.samples if rollout.strategy == "chain" else math.prod(self.branches)
+    return rollout.prompts * each
 
   @property
   def budgets(self) -> tuple[int, ...]:

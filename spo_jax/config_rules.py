@@ -1,7 +1,6 @@
 """Values of a config that can work, and choices that go together."""
 
 import functools
-import math
 
 from spo_jax.algorithms.kl_control import ERROR_BOUND
 from spo_jax.config import (
@@ -276,11 +275,10 @@ def _check_method(config: Config) -> None:
     loss.kl_control == "fixed" or loss.kl_coef > 0,
     "config.loss.kl_control 'adaptive' needs a config.loss.kl_coef above 0 to begin with",
   )
-  responses = rollout.prompts * (rollout.samples if chain else math.prod(config.branches))
   _need(
-    loss.kl_control == "fixed" or ERROR_BOUND * responses < loss.kl_horizon,
+    loss.kl_control == "fixed" or ERROR_BOUND * config.responses < loss.kl_horizon,
     f"config.loss.kl_horizon {loss.kl_horizon} must be more than {ERROR_BOUND:g} times the "
-    f"{responses} responses of an iteration, or one iteration could bring kl_coef to 0",
+    f"{config.responses} responses of an iteration, or one iteration could bring kl_coef to 0",
   )
   _need(
     rollout.probe_where == "all" or (chain and rollout.samples > 1),

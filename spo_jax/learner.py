@@ -105,7 +105,7 @@ class Learner:
         metrics["kl"],
         target=config.loss.kl_target,
         horizon=config.loss.kl_horizon,
-        samples=int(np.sum(forest.leaf & ~forest.probe)),
+        samples=config.responses,
       )
     size = np.abs(advantages[trained])
     return {

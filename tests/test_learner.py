@@ -10,6 +10,7 @@ import pytest
 from configs import restem
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
+from spo_jax.forest import prune
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.learner import Learner, TrainingSet
 from tests.tiny import tiny_config, tiny_params
@@ -76,15 +77,17 @@ def test_a_restart_trains_the_first_policy_anew(restart):
   assert not same(first.params, tiny_params(MODEL))
 
 
-def test_the_weight_of_the_kl_follows_what_was_measured():
+@pytest.mark.parametrize("trees", [4, 2])  # 2: the others were not drawn from the buffer
+def test_the_weight_of_the_kl_follows_what_was_measured(trees):
   learning = learner()
-  trained = TrainingSet(FOREST, ADVANTAGES, own_segments(FOREST))
+  forest, kept = prune(FOREST, FOREST.tree < trees)
+  trained = TrainingSet(forest, ADVANTAGES[kept], own_segments(forest))
   metrics = learning.update(trained)
   assert metrics["train/kl_coef"] == 0.1 and metrics["train/kl"] < 0.008
   weight = learning.record()["kl_coef"]
   np.testing.assert_allclose(weight, 0.1 * (1 - 0.2 * 12 / 30))  # 12 responses
   # Where nothing was trained, no KL was measured.
-  metrics = learning.update(trained._replace(trained=np.zeros(len(FOREST.parent), bool)))
+  metrics = learning.update(trained._replace(trained=np.zeros(len(kept), bool)))
   assert metrics["train/skipped"] == 1
   assert learning.record()["kl_coef"] == weight
 
