@@ -29,6 +29,14 @@ EMBEDDED = {
   "filler": dataclasses.replace(
     ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(32,), chain_interval=5
   ),
+  "long": dataclasses.replace(
+    ARITHMETIC,
+    variant="long",
+    max_prompt_tokens=60,
+    max_response_tokens=90,
+    tree_segments=(45,),
+    warm_start=WarmStartConfig(max_steps=2000, eval_every=25, target_accuracy=0.24),
+  ),
   # A first operation has 5 to 8 tokens, which the first segment holds; a try about 14.
   "countdown": Embedded(
     "countdown",

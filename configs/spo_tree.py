@@ -9,6 +9,7 @@ and what they need, are in `experiments.py`.
 
   python -m spo_jax.main --config=configs/spo_tree.py --workdir=runs/spo_tree
   python -m spo_jax.main --config=configs/spo_tree.py:filler --workdir=runs/spo_tree_filler
+  python -m spo_jax.main --config=configs/spo_tree.py:long --workdir=runs/spo_tree_long
   python -m spo_jax.main --config=configs/spo_tree.py:countdown --workdir=runs/spo_tree_countdown
   python -m spo_jax.main --config=configs/spo_tree.py:qwen1.5b_math --workdir=runs/qwen
 

@@ -4,6 +4,7 @@ A question reads `ann has 19 pens . loses 9 . gives 2 friends 4 each . doubles .
 and its solution `19-9=10;2*4=8;10-8=2;2*2=4;4+9=13;#13`. In the variant `filler` one to three words
 without a bearing on the answer stand before every equation but the first:
 `19-9=10;so well 2*4=8;hmm 10-8=2;...`. Both variants have the same questions in the same order.
+The variant `long` has twice as many equations.
 """
 
 import dataclasses
@@ -45,22 +46,23 @@ MULTIPLICATIONS = (
 )
 FILLER_WORDS = "so well hmm okay right next also thus yes just wait let me see and fine".split()
 
-EQUATIONS = 5
 SEED = 20250523
 
 _BUCKETS = 40  # One of them is validation's, one is test's, the others are train's.
 _MAX_FILLER_WORDS = 10
-_DRAWS = 96  # Random numbers set aside for one example; the longest takes about 85.
+_MAX_EQUATIONS = 16
+_DRAWS_OF_EQUATION = 16  # Random numbers set aside for an example: for each, and as many again.
 
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
-  """Ranges of the numbers in a problem; all of them inclusive.
+  """Length of a problem, and ranges of its numbers; all of them inclusive.
 
   Raises:
     ValueError: If the ranges can lead to a state in which no operation keeps within the limit.
   """
 
+  equations: int = 5
   start: tuple[int, int] = (2, 19)
   operand: tuple[int, int] = (1, 9)  # Of a single addition or subtraction.
   groups: tuple[int, int] = (2, 3)  # Friends who are given some, boxes that are found.
@@ -70,6 +72,8 @@ class Difficulty:
   filler_words: tuple[int, int] = (1, 3)  # In each gap between equations.
 
   def __post_init__(self):
+    if not 1 <= self.equations <= _MAX_EQUATIONS:
+      raise ValueError(f"equations must be 1 to {_MAX_EQUATIONS}, not {self.equations}")
     for name in ("start", "operand", "groups", "each", "filler_words"):
       low, high = getattr(self, name)
       if not 1 <= low <= high:
@@ -82,8 +86,11 @@ class Difficulty:
         f"limit {self.limit} must be at most 99 and at least the largest start ({self.start[1]}) "
         f"and twice the largest product ({largest_product})"
       )
-    if not 0 <= self.double_steps[0] <= self.double_steps[1] <= EQUATIONS // 2:
-      raise ValueError(f"double_steps {self.double_steps} does not fit {EQUATIONS} equations")
+    if not 0 <= self.double_steps[0] <= self.double_steps[1] <= self.equations // 2:
+      raise ValueError(f"double_steps {self.double_steps} does not fit {self.equations} equations")
+
+
+LONG = Difficulty(equations=10, double_steps=(2, 4))
 
 
 def make_example(
@@ -95,10 +102,11 @@ def make_example(
     rng: Source of randomness; every call advances it by the same amount.
     filler: Whether random words stand between the equations of the solution. The question does
       not depend on it.
-    difficulty: Ranges of the numbers.
+    difficulty: Length of the problem, and ranges of its numbers.
   """
   # One call of NumPy for all draws: calls for each of them would take most of the build's time.
-  draws = iter(rng.integers(0, 2**32, size=_DRAWS, dtype=np.uint32).tolist())
+  count = _DRAWS_OF_EQUATION * (difficulty.equations + 1)
+  draws = iter(rng.integers(0, 2**32, size=count, dtype=np.uint32).tolist())
 
   def between(low, high):
     return low + next(draws) % (high - low + 1)
@@ -110,7 +118,7 @@ def make_example(
   words = {"name": choose(NAMES), "things": choose(THINGS), "number": value}
   question = choose(OPENINGS).format(**words)
   steps, equations = [], []
-  for is_double in _step_kinds(between(*difficulty.double_steps), between):
+  for is_double in _step_kinds(between(*difficulty.double_steps), difficulty.equations, between):
     make_step = _double_step if is_double else _single_step
     text, new_equations, value = make_step(value, between, choose, difficulty)
     steps.append(text)
@@ -138,7 +146,7 @@ def make_splits(
     sizes: Number of examples of each split; names among train, validation and test.
     filler: As in `make_example`.
     seed: Seed of the stream of examples.
-    difficulty: Ranges of the numbers.
+    difficulty: Length of the problem, and ranges of its numbers.
 
   Raises:
     ValueError: If a split's name is unknown.
@@ -151,9 +159,11 @@ def make_splits(
   )
 
 
-def make_examples(split: str, count: int, *, filler: bool) -> list[Example]:
+def make_examples(
+  split: str, count: int, *, filler: bool, difficulty: Difficulty = Difficulty()
+) -> list[Example]:
   """The first `count` examples of a split."""
-  return make_splits({split: count}, filler=filler)[split]
+  return make_splits({split: count}, filler=filler, difficulty=difficulty)[split]
 
 
 def split_of(question: str) -> str:
@@ -169,9 +179,9 @@ def task_words() -> list[str]:
   return sorted({word for phrase in phrases for word in phrase.split() if word.isalpha()})
 
 
-def _step_kinds(num_double, between):
+def _step_kinds(num_double, equations, between):
   """A random order of the steps, True where a step takes two equations."""
-  kinds = [True] * num_double + [False] * (EQUATIONS - 2 * num_double)
+  kinds = [True] * num_double + [False] * (equations - 2 * num_double)
   for i in range(len(kinds) - 1, 0, -1):
     j = between(0, i)
     kinds[i], kinds[j] = kinds[j], kinds[i]
@@ -217,9 +227,10 @@ def _double_step(value, between, choose, difficulty):
 
 @dataclasses.dataclass(eq=False)
 class ArithmeticConfig(tfds.core.BuilderConfig):
-  """A variant of the task; `filler` as in `make_example`."""
+  """A variant of the task; fields as in `make_example`."""
 
   filler: bool = False
+  difficulty: Difficulty = Difficulty()
 
 
 class Arithmetic(TextBuilder):
@@ -229,9 +240,11 @@ class Arithmetic(TextBuilder):
   BUILDER_CONFIGS = [
     ArithmeticConfig(name="plain", description="Equations alone.", filler=False),
     ArithmeticConfig(name="filler", description="Random words between equations.", filler=True),
+    ArithmeticConfig(name="long", description="Ten equations.", difficulty=LONG),
   ]
   RECORD = Example
-  DESCRIPTION = "Arithmetic word problems of five equations with worked solutions."
+  DESCRIPTION = "Arithmetic word problems with worked solutions."
 
   def _make_splits(self):
-    return make_splits(SPLIT_SIZES, filler=self.builder_config.filler)
+    variant = self.builder_config
+    return make_splits(SPLIT_SIZES, filler=variant.filler, difficulty=variant.difficulty)

@@ -40,19 +40,34 @@ def equations_by_reading(question):
   return equations
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "filler"])
-def examples(request):
-  return request.param, arithmetic.make_examples("train", 3000, filler=request.param)
+@pytest.fixture(
+  scope="module",
+  params=[
+    (False, arithmetic.Difficulty()),
+    (True, arithmetic.Difficulty()),
+    (False, arithmetic.LONG),
+  ],
+  ids=["plain", "filler", "long"],
+)
+def variant(request):
+  filler, difficulty = request.param
+  examples = arithmetic.make_examples("train", 3000, filler=filler, difficulty=difficulty)
+  return filler, difficulty, examples
 
 
-def test_solutions_follow_from_their_questions(examples):
-  filler, examples = examples
+@pytest.fixture(scope="module")
+def examples(variant):
+  return variant[-1]
+
+
+def test_solutions_follow_from_their_questions(variant):
+  filler, difficulty, examples = variant
   for example in examples:
     *lines, last = example.solution.split(";")
     matches = [EQUATION.fullmatch(line) for line in lines]
     equations = [(int(m[2]), m[3], int(m[4]), int(m[5])) for m in matches]
     assert equations == equations_by_reading(example.question)
-    assert len(equations) == 5
+    assert len(equations) == difficulty.equations
     assert last == f"#{equations[-1][3]}" == f"#{example.answer}"
     fillers = [(m[1] or "").split() for m in matches]
     assert not fillers[0]
@@ -60,7 +75,6 @@ def test_solutions_follow_from_their_questions(examples):
 
 
 def test_ranges_and_text_form(examples):
-  _, examples = examples
   results = [r for e in examples for *_, r in equations_by_reading(e.question)]
   assert 1 <= min(results) and max(results) <= 40
   two_digit = np.mean([r > 9 for r in results])
@@ -73,7 +87,6 @@ def test_ranges_and_text_form(examples):
 
 
 def test_all_operations_occur(examples):
-  _, examples = examples
   text = " ".join(e.question for e in examples)
   for word in [*GAINS, *LOSSES, *FACTORS, " each", " of ", *arithmetic.NAMES, *arithmetic.THINGS]:
     assert word in text
@@ -82,13 +95,14 @@ def test_all_operations_occur(examples):
   assert counts.max() < 0.1 * len(examples)
 
 
-def test_steps_come_in_every_order(examples):
-  _, examples = examples
+def test_steps_come_in_every_order(variant):
+  _, difficulty, examples = variant
   orders = set()
   for example in examples:
     sentences = example.question.rsplit(" how many", 1)[0].split(" . ")[1:]
     orders.add(tuple(len(re.findall(r"\d+", sentence)) == 2 for sentence in sentences))
-  assert len(orders) == 3 + 4  # Two of three steps, or one of four, take two equations.
+  # Two of three steps, or one of four, take two equations; in the long variant 2 to 4 of 8 to 6.
+  assert len(orders) == {5: 3 + 4, 10: 28 + 35 + 15}[difficulty.equations]
 
 
 def test_variants_share_questions():
@@ -134,22 +148,24 @@ def test_split_does_not_depend_on_sizes_of_others():
 
 
 def test_content_belongs_to_version():
-  digests = {
-    filler: hashlib.sha256(
-      repr(arithmetic.make_examples("train", 200, filler=filler)).encode()
-    ).hexdigest()[:16]
-    for filler in (False, True)
+  examples = {
+    "plain": arithmetic.make_examples("train", 200, filler=False),
+    "filler": arithmetic.make_examples("train", 200, filler=True),
+    "long": arithmetic.make_examples("train", 200, filler=False, difficulty=arithmetic.LONG),
   }
+  digests = {n: hashlib.sha256(repr(e).encode()).hexdigest()[:16] for n, e in examples.items()}
   # If this fails on purpose: raise Arithmetic.VERSION, and write the new digests here.
   assert (str(arithmetic.Arithmetic.VERSION), digests) == (
     "1.0.0",
-    {False: "d9cc8733d54eac1e", True: "029da3e8e875d9b3"},
+    {"plain": "d9cc8733d54eac1e", "filler": "029da3e8e875d9b3", "long": "a8fff2ddaaf84b5b"},
   )
 
 
 @pytest.mark.parametrize(
   "ranges",
   [
+    {"equations": 0},
+    {"equations": 17},
     {"limit": 100},
     {"limit": 20},
     {"start": (2, 41)},
@@ -162,6 +178,14 @@ def test_content_belongs_to_version():
 def test_impossible_difficulty_is_refused(ranges):
   with pytest.raises(ValueError):
     arithmetic.Difficulty(**ranges)
+
+
+def test_the_longest_problem_has_enough_draws():
+  longest = arithmetic.Difficulty(equations=16, double_steps=(0, 8), filler_words=(10, 10))
+  rng = np.random.default_rng(0)
+  for _ in range(2000):
+    example = arithmetic.make_example(rng, filler=True, difficulty=longest)
+    assert len(equations_by_reading(example.question)) == 16
 
 
 def test_tight_difficulty_still_works():

@@ -33,9 +33,16 @@ def indices(batches):
   return [record["index"] for batch in batches for record in batch]
 
 
-@pytest.mark.parametrize("variant", ["plain", "filler"])
-def test_load_split_holds_what_was_generated(data_dir, variant):
-  expected = arithmetic.make_splits(SIZES, filler=variant == "filler")
+@pytest.mark.parametrize(
+  "variant, fields",
+  [
+    ("plain", {"filler": False}),
+    ("filler", {"filler": True}),
+    ("long", {"filler": False, "difficulty": arithmetic.LONG}),
+  ],
+)
+def test_load_split_holds_what_was_generated(data_dir, variant, fields):
+  expected = arithmetic.make_splits(SIZES, **fields)
   for _ in range(2):  # Built, then read.
     for split, size in SIZES.items():
       loaded = source.load_split("arithmetic", variant, split, data_dir)
@@ -57,7 +64,7 @@ def test_part_of_a_split(data_dir):
   "name, variant, split, message",
   [
     ("gsm9k", "plain", "train", "unknown data set 'gsm9k', known are: arithmetic"),
-    ("arithmetic", "noisy", "train", "no variant 'noisy', it has: filler, plain"),
+    ("arithmetic", "noisy", "train", "no variant 'noisy', it has: filler, long, plain"),
     ("arithmetic", "plain", "dev", "no split 'dev', it has: train, validation, test"),
     ("arithmetic", "plain", "train[", "no split"),
     ("arithmetic", "plain", "train[:0]", "is empty"),
