@@ -21,6 +21,11 @@ class Method:
   name: str
   config: str
   overrides: Fields = dataclasses.field(default_factory=dict)
+  of_task: Mapping[str, Fields] = dataclasses.field(default_factory=dict)  # more, by task
+
+  def fields(self, task: str) -> Fields:
+    """The fields in which the method differs from its config on a task."""
+    return {**self.overrides, **self.of_task.get(task, {})}
 
 
 # The first one makes the warm starts, which all methods share.
@@ -50,8 +55,13 @@ METHODS = (
     {
       "advantage.kind": "difference",
       "rollout.branches": (2, 2, 2),
-      "rollout.segment_tokens": (13, 13),
       "rollout.prompts": 96,
+    },
+    {
+      "arithmetic": {"rollout.segment_tokens": (13, 13)},
+      "filler": {"rollout.segment_tokens": (16, 16)},
+      "long": {"rollout.segment_tokens": (30, 30)},
+      "countdown": {"rollout.segment_tokens": (8, 14)},
     },
   ),
   # SPO-chain as in the paper: probes estimate values and are thrown away.
@@ -70,7 +80,7 @@ METHODS = (
     },
   ),
 )
-TASKS = ("arithmetic", "filler", "countdown")  # variants that every method's config has
+TASKS = ("arithmetic", "filler", "long", "countdown")  # variants that every method's config has
 
 # What methods must have in common, or they would not learn the same task from the same policy.
 COMMON = (
@@ -132,7 +142,7 @@ def load_config(method: Method, task: str, fields: Fields) -> Config:
     raise UserError(f"method {method.name}: there is no config file {method.config!r}")
   config = runpy.run_path(method.config)["get_config"](task)
   try:
-    for name, value in {**method.overrides, **fields}.items():
+    for name, value in {**method.fields(task), **fields}.items():
       check_field(Config, name)
       config.update_from_flattened_dict({name: value})
     return from_config_dict(config, Config)

@@ -68,7 +68,7 @@ class Plan:
     fields: Fields,
     start: pathlib.Path | None = None,
   ) -> Run:
-    fields = {**method.overrides, **self.fields, **fields}
+    fields = {**method.fields(task), **self.fields, **fields}
     return Run(workdir, f"{method.config}:{task}", fields, start)
 
   def warm_start(self, task: str, seed: int) -> Run:

@@ -177,7 +177,7 @@ class Comparison:
     return {
       "name": method.name,
       "config": f"{method.config}:{task}",
-      "overrides": dict(method.overrides),
+      "overrides": dict(method.fields(task)),
       "rate": self.rate(cell) or own_rate,
       "sweep": [{"rate": rate, "accuracies": scores[rate]} for rate in tried] if scores else [],
       "pace": dataclasses.asdict(paced) if (paced := self._pace(cell)) else None,

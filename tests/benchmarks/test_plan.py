@@ -13,7 +13,14 @@ from benchmarks.comparison.budgets import (
   read_calibration,
   write_calibration,
 )
-from benchmarks.comparison.methods import Method, check_common, find_methods, load_config
+from benchmarks.comparison.methods import (
+  METHODS,
+  TASKS,
+  Method,
+  check_common,
+  find_methods,
+  load_config,
+)
 from benchmarks.comparison.rates import at_edge, best, beyond
 from spo_jax.config import Config
 from spo_jax.errors import UserError
@@ -123,3 +130,18 @@ def test_methods_must_learn_the_same_task_from_the_same_policy():
   with pytest.raises(UserError, match="differ in config.warm_start "):
     check_common([other], "arithmetic", {})
   check_common(find_methods(["spo_tree", "spo_chain", "grpo", "configs/grpo.py"]), "filler", {})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_method_fits_every_task(task):
+  check_common(METHODS, task, {})
+  budgets = load_config(find_methods(["spo_tree_paper"])[0], task, {}).budgets
+  assert len(budgets) == 3 and min(budgets) > 0
+
+
+def test_a_method_may_differ_by_task():
+  one = Method("one", "configs/grpo.py", {"seed": 3, "epochs": 2}, {"filler": {"seed": 4}})
+  seeds = {task: load_config(one, task, {}).seed for task in ("arithmetic", "filler")}
+  assert seeds == {"arithmetic": 3, "filler": 4}
+  assert load_config(one, "filler", {}).epochs == 2
+  assert load_config(one, "filler", {"seed": 5}).seed == 5
