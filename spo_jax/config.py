@@ -201,6 +201,8 @@ class PackingConfig:
   query_block: int = 32  # queries of an attention block; divides row_length
   key_block: int = 16  # keys of an attention block; divides query_block
   logprob_chunk: int = 288  # tokens a row that are unembedded at a time
+  # Places of a row for tokens that the loss reads, with the probability mask; 0: as many as tokens.
+  loss_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -241,6 +241,11 @@ def _check_packing(config: Config) -> None:
   for name, divisor in (("row_length", "query_block"), ("query_block", "key_block")):
     a, b = _field(packing, name), _field(packing, divisor)
     _need(a % b == 0, f"config.packing.{name} {a} must be a multiple of {divisor} {b}")
+  _need(
+    0 <= packing.loss_length <= packing.row_length,
+    f"config.packing.loss_length is {packing.loss_length}, it must be 0 (as row_length) to "
+    f"row_length {packing.row_length}",
+  )
   path = sum(config.longest_segments)
   _need(
     packing.row_length >= path,

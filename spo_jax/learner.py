@@ -17,7 +17,7 @@ from spo_jax.run import Run
 from spo_jax.training import objective, packing
 from spo_jax.training.prepare import prepare
 from spo_jax.training.step import TrainState, critic_step, init_state, train_step
-from spo_jax.training.trimming import trim
+from spo_jax.training.trimming import read_tokens, reads_unlikely_alone, trim
 from spo_jax.training.weights import segment_weights
 
 NO_TOKENS_WEIGHT = 1e-9  # of an optimiser step without tokens in the metrics' means
@@ -81,12 +81,13 @@ class Learner:
     began = time.perf_counter()
     if config.restart:
       self._policy = init_state(jax.tree.map(jnp.copy, self._ref_params), config.optimizer)
-    read, in_loss = trim(forest, trained, config)
+    trimmed, in_loss = trim(forest, trained, config)
     packed, counts = packing.pack(
-      read,
+      trimmed,
       advantages,
       in_loss,
       pack_config(config),
+      read=read_tokens(trimmed, in_loss, config),
       all_trained=int(trained.sum()),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
@@ -189,7 +190,12 @@ def pack_config(config: Config) -> packing.PackConfig:
   """The shape of the packed batch, fixed for the whole run."""
   rows = config.packing
   shape = packing.PackConfig(
-    rows.row_length, rows.rows, rows.query_block, rows.key_block, updates=config.minibatches
+    rows.row_length,
+    rows.rows,
+    rows.query_block,
+    rows.key_block,
+    updates=config.minibatches,
+    loss_length=rows.loss_length if reads_unlikely_alone(config) else 0,
   )
   return packing.with_room(
     shape, config.longest_segments, config.longest_tree, config.rollout.prompts

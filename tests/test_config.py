@@ -119,6 +119,7 @@ def test_the_schedule_follows_the_number_of_updates():
     ("packing.query_block", 64, "row_length 288 must be a multiple of query_block 64"),
     ("packing.key_block", 24, "query_block 32 must be a multiple of key_block 24"),
     ("packing.row_length", 64, "row_length 64 must hold the longest prompt and response"),
+    ("packing.loss_length", 289, "loss_length is 289, it must be 0 .* to row_length 288"),
     (
       "data.template",
       "nope",

@@ -39,7 +39,11 @@ METHODS = (
   Method("vineppo", "configs/vineppo.py"),
   # Controls. Masked tokens and saved compute are not credit assignment: GRPO has them too here, or
   # is made to train the rows without a signal that it skips of itself, and SPO is denied the mask.
-  Method("grpo_mask", "configs/grpo.py", {"loss.use_probability_mask": True}),
+  Method(
+    "grpo_mask",
+    "configs/grpo.py",
+    {"loss.use_probability_mask": True, "packing.loss_length": 128},
+  ),
   Method("grpo_all_rows", "configs/grpo.py", {"advantage.train_zero": True}),
   Method("spo_tree_no_mask", "configs/spo_tree.py", {"loss.use_probability_mask": False}),
   # Small groups with SPO-tree's baseline and mask: what is left when the segments are taken away.

@@ -5,7 +5,7 @@ context, cache, spec)` returns the mixed values and the layer's new cache. `mode
 the three of them. `models/families.py` makes a `DecoderConfig` of a Hugging Face config.
 
 Axis letters: B rows, T tokens, D width, H heads, K key-value heads, Dh head dimension, F
-feed-forward, V vocabulary.
+feed-forward, V vocabulary, R positions of a row that are read.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ class Block(nn.Module):
     return gather_weight(self.cfg.gather, bias, axes)[None, None]
 
   @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, tables, context, cache):
+  def __call__(self, x_BxTxD, positions_BxT, tables, context, cache, read_BxR=None):
     c = self.cfg
     h_BxTxD = RMSNorm(c, name="attention_norm")(x_BxTxD)
     q_shape, k_shape = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
@@ -161,6 +161,9 @@ class Block(nn.Module):
       cache,
       c.attention_spec(self.kind),
     )
+    if read_BxR is not None:  # from here on T is R
+      pick = jax.vmap(lambda row, places: row[places])
+      x_BxTxD, mixed_BxTxHxDh = pick(x_BxTxD, read_BxR), pick(mixed_BxTxHxDh, read_BxR)
     out_BxTxD = jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo)
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
@@ -184,17 +187,19 @@ class Decoder(nn.Module):
   attend: Attend
 
   @nn.compact
-  def __call__(self, tokens_BxT, positions_BxT, context, caches):
-    """Runs the blocks.
+  def __call__(self, tokens_BxT, positions_BxT, context, caches, read_BxR=None):
+    """Runs the blocks, the last of them as far as its states are read.
 
     Args:
       tokens_BxT: [B, T] int32.
       positions_BxT: [B, T] int32, distance from the root of the token's tree.
       context: what `attend` needs and all layers share, a pytree of arrays.
       caches: one pytree a layer, or None for every layer.
+      read_BxR: [B, R] int32, row indices of the states that are wanted; None: all T in order. The
+        others are keys and values of the last layer, and cost no feed-forward there.
 
     Returns:
-      (hidden states after the last norm [B, T, D], tuple of the layers' new caches).
+      (hidden states after the last norm [B, R, D], tuple of the layers' new caches).
     """
     c = self.cfg
     init = nn.with_partitioning(nn.initializers.truncated_normal(c.width**-0.5), _EMBEDDING_AXES)
@@ -212,16 +217,21 @@ class Decoder(nn.Module):
     for layer in range(c.layers):
       cache = None if caches is None else caches[layer]
       kind = c.layer_kind(layer)
+      read = read_BxR if layer == c.layers - 1 else None
       x_BxTxD, cache = block(c, self.attend, kind, name=f"block_{layer}")(
-        x_BxTxD, positions_BxT, tables[kind.rope], context, cache
+        x_BxTxD, positions_BxT, tables[kind.rope], context, cache, read
       )
       new_caches.append(cache)
     return RMSNorm(c, name="final_norm")(x_BxTxD), tuple(new_caches)
 
 
-def forward(cfg, attend, params, tokens_BxT, positions_BxT, context=None, caches=None):
+def forward(
+  cfg, attend, params, tokens_BxT, positions_BxT, context=None, caches=None, read_BxR=None
+):
   """Applies the decoder with the given attention: see `Decoder.__call__`."""
-  return Decoder(cfg, attend).apply({"params": params}, tokens_BxT, positions_BxT, context, caches)
+  return Decoder(cfg, attend).apply(
+    {"params": params}, tokens_BxT, positions_BxT, context, caches, read_BxR
+  )
 
 
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:

@@ -99,6 +99,7 @@ def _with_value_head(setup: Setup, params):
 def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
   """Shapes and shardings of `packing.pack`'s batch, as `shard_batch` places it."""
   M, B, T = cfg.min_micro_batches, cfg.rows, cfg.row_length
+  R = cfg.loss_length or T
   pairs = config.loss.kind == "dpo_positive"
   J, N = T // cfg.key_block, T // cfg.query_block
 
@@ -109,25 +110,26 @@ def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
   return PackedForest(
     tokens=array(jnp.int32, M, B, T),
     positions=array(jnp.int32, M, B, T),
-    prev=array(jnp.int32, M, B, T),
     until=array(jnp.int32, M, B, J, cfg.key_block),
-    loss_mask=array(jnp.bool, M, B, T),
-    advantages=array(jnp.float32, M, B, T),
-    old_logprobs=array(jnp.float32, M, B, T),
-    ref_logprobs=array(jnp.float32, M, B, T),
     key_blocks=array(jnp.int32, M, B, N, cfg.key_blocks),
+    targets=array(jnp.int32, M, B, R),
+    prev=array(jnp.int32, M, B, R),
+    loss_mask=array(jnp.bool, M, B, R),
+    advantages=array(jnp.float32, M, B, R),
+    old_logprobs=array(jnp.float32, M, B, R),
+    ref_logprobs=array(jnp.float32, M, B, R),
     segments=array(jnp.float32, M),
-    weights=array(jnp.float32, M, B, T) if has_weights(config) else None,
-    sequence=array(jnp.int32, M, B, T) if pairs else None,
+    weights=array(jnp.float32, M, B, R) if has_weights(config) else None,
+    sequence=array(jnp.int32, M, B, R) if pairs else None,
     pairs=array(jnp.int32, M, most_pairs(config), 2) if pairs else None,
   )
 
 
 def prepared_batch(setup: Setup, batch: PackedForest) -> PackedForest:
   """Shapes and shardings of what `prepare` makes of a batch."""
-  tokens, loss = batch.tokens, setup.config.loss
+  targets, loss = batch.targets, setup.config.loss
   like = lambda dtype, *more: jax.ShapeDtypeStruct(
-    (*tokens.shape, *more), dtype, sharding=tokens.sharding
+    (*targets.shape, *more), dtype, sharding=targets.sharding
   )
   if loss.forward_kl_coef:
     batch = batch._replace(ref_hidden=like(setup.model.dtype, setup.model.width))

@@ -40,17 +40,27 @@ class _Piece:
   nodes: list[int]
   context: int
   size: int  # tokens
+  reads: int = 0  # of them, that the loss reads
 
 
-def lay_out(forest: Forest, trained: np.ndarray, row_length: int) -> Layout:
+def lay_out(
+  forest: Forest,
+  trained: np.ndarray,
+  row_length: int,
+  reads: np.ndarray | None = None,
+  loss_length: int = 0,
+) -> Layout:
   """Lays the trained segments and their ancestors into rows, best fit, the largest trees first.
 
-  A tree longer than a row is cut into pieces, each with a copy of its ancestors.
+  A tree too large for a row is cut into pieces, each with a copy of its ancestors.
 
   Args:
     forest: N nodes.
     trained: [N] bool, segments that enter the loss.
     row_length: tokens of a row.
+    reads: [N] int, tokens of trained segments that the loss reads, 0 of the others; None: a row has
+      room for all.
+    loss_length: at least the largest of `reads`, such tokens of a row.
 
   Returns:
     The layout.
@@ -58,17 +68,21 @@ def lay_out(forest: Forest, trained: np.ndarray, row_length: int) -> Layout:
   Raises:
     UserError: if a path from root to leaf is longer than a row.
   """
-  pieces = _cut_into_pieces(forest, trained, row_length)
-  rows = _fill_rows([piece.size for piece in pieces], row_length)
+  reads = np.zeros(len(trained), np.int64) if reads is None else reads
+  pieces = _cut_into_pieces(forest, trained, row_length, reads, loss_length)
+  sizes = [(piece.size, piece.reads) for piece in pieces]
+  rows = _fill_rows(sizes, (row_length, loss_length))
   return _place(forest, pieces, rows)
 
 
-def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> list[_Piece]:
+def _cut_into_pieces(
+  forest: Forest, trained: np.ndarray, row_length: int, reads: np.ndarray, loss_length: int
+) -> list[_Piece]:
   """Every tree depth first, in as few pieces as rows of this length allow: a piece ends where the
   next node does not fit, and the next one begins with that node's ancestors.
   """
   parents, lengths = forest.parent.tolist(), forest.lengths.tolist()
-  needed = trained.tolist()
+  needed, read = trained.tolist(), reads.tolist()
   children = [[] for _ in parents]  # those that are needed, the last first
   for node in range(len(parents) - 1, -1, -1):
     if needed[node] and parents[node] >= 0:
@@ -87,12 +101,17 @@ def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> li
     while stack:
       node = stack.pop()
       stack.extend(children[node])
-      if piece is None or piece.size + lengths[node] > row_length:
+      if (
+        piece is None
+        or piece.size + lengths[node] > row_length
+        or piece.reads + read[node] > loss_length
+      ):
         path = ancestors(node)
         piece = _Piece(path, len(path), sum(lengths[above] for above in path))
         pieces.append(piece)
       piece.nodes.append(node)
       piece.size += lengths[node]
+      piece.reads += read[node]
       if piece.size > row_length:
         raise UserError(
           f"a path of {piece.size} tokens does not fit row_length {row_length}: make rows at least "
@@ -101,12 +120,13 @@ def _cut_into_pieces(forest: Forest, trained: np.ndarray, row_length: int) -> li
   return pieces
 
 
-def _fill_rows(sizes: list[int], capacity: int) -> list[list[int]]:
-  """Best fit, decreasing: indices of the items of each row."""
-  free: list[int] = []
+def _fill_rows(sizes: list[tuple[int, int]], capacity: tuple[int, int]) -> list[list[int]]:
+  """Best fit, decreasing, by the first of an item's two sizes: indices of the items of each row."""
+  free: list[tuple[int, int]] = []
   rows: list[list[int]] = []
-  for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-    fitting = [r for r in range(len(rows)) if free[r] >= sizes[item]]
+  for item in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+    tokens, reads = sizes[item]
+    fitting = [r for r, (room, places) in enumerate(free) if room >= tokens and places >= reads]
     if fitting:
       row = min(fitting, key=free.__getitem__)
     else:
@@ -114,7 +134,7 @@ def _fill_rows(sizes: list[int], capacity: int) -> list[list[int]]:
       rows.append([])
       free.append(capacity)
     rows[row].append(item)
-    free[row] -= sizes[item]
+    free[row] = (free[row][0] - tokens, free[row][1] - reads)
   return rows
 
 

@@ -73,24 +73,26 @@ class Scale(NamedTuple):
 
 
 def forest_states(cfg: DecoderConfig, params, batch: PackedForest) -> jax.Array:
-  """[B, T, D]: the hidden state that predicts each token, which is the one at `prev`.
+  """[B, R, D]: the hidden state that predicts each target, which is the one at `prev`.
 
   Siblings share the state at the end of their parent. Of no meaning at roots and padding.
   """
   context = PackedContext(batch.until, batch.key_blocks)
-  hidden_BxTxD, _ = forward(cfg, attend_packed, params, batch.tokens, batch.positions, context)
-  prev_BxT = jnp.maximum(batch.prev, 0)
-  return jnp.take_along_axis(hidden_BxTxD, prev_BxT[..., None], axis=1)
+  read = jnp.maximum(batch.prev, 0)
+  hidden_BxRxD, _ = forward(
+    cfg, attend_packed, params, batch.tokens, batch.positions, context, read_BxR=read
+  )
+  return hidden_BxRxD
 
 
 def states_logprobs(
-  cfg: DecoderConfig, params, hidden: jax.Array, tokens: jax.Array, *, temperature, chunk
+  cfg: DecoderConfig, params, hidden: jax.Array, targets: jax.Array, *, temperature, chunk
 ) -> jax.Array:
-  """[B, T] float32 log-probs of tokens [B, T] from the states [B, T, D] that predict them."""
+  """[B, R] float32 log-probs of targets [B, R] from the states [B, R, D] that predict them."""
   return losses.token_logprobs(
     hidden,
     unembedding(cfg, params),
-    tokens,
+    targets,
     chunk=chunk,
     temperature=temperature,
     logit_cap=cfg.logit_cap,
@@ -100,20 +102,20 @@ def states_logprobs(
 def forest_logprobs(
   cfg: DecoderConfig, params, batch: PackedForest, *, temperature: float, chunk: int
 ) -> jax.Array:
-  """Log-probs of a micro-batch's tokens, each predicted from the hidden state at `prev`.
+  """Log-probs of a micro-batch's targets, each predicted from the hidden state at `prev`.
 
   Args:
     cfg: decoder geometry.
     params: its parameters.
-    batch: one micro-batch, arrays [B, T].
+    batch: one micro-batch, arrays [B, ...].
     temperature: as in `losses.token_logprobs`.
     chunk: likewise.
 
   Returns:
-    [B, T] float32; of no meaning at roots and padding.
+    [B, R] float32; of no meaning at roots and padding.
   """
   hidden = forest_states(cfg, params, batch)
-  return states_logprobs(cfg, params, hidden, batch.tokens, temperature=temperature, chunk=chunk)
+  return states_logprobs(cfg, params, hidden, batch.targets, temperature=temperature, chunk=chunk)
 
 
 def with_value_head(params, mesh: Mesh):
@@ -124,8 +126,8 @@ def with_value_head(params, mesh: Mesh):
 
 
 def state_values(params, hidden: jax.Array) -> jax.Array:
-  """[B, T] float32 values of states [B, T, D], by the value head of `params`."""
-  return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), params[VALUE_HEAD])
+  """[B, R] float32 values of states [B, R, D], by the value head of `params`."""
+  return jnp.einsum("brd,d->br", hidden.astype(jnp.float32), params[VALUE_HEAD])
 
 
 def unit_scale(loss_cfg: LossConfig, batch: PackedForest, used_M: jax.Array) -> jax.Array:
@@ -169,7 +171,7 @@ def policy_objective(
     loss_cfg: the loss.
     params: parameters.
     ref_params: of the reference policy; read for the forward KL alone.
-    micro: one micro-batch of a prepared batch, arrays [B, T].
+    micro: one micro-batch of a prepared batch, arrays [B, ...].
     scale: see `Scale`.
     kl_coef: weight of the KL in the loss.
 
@@ -181,7 +183,7 @@ def policy_objective(
     cfg,
     params,
     hidden,
-    micro.tokens,
+    micro.targets,
     temperature=loss_cfg.temperature,
     chunk=loss_cfg.logprob_chunk,
   )
@@ -270,7 +272,7 @@ def _preference(loss_cfg: LossConfig, logprobs, micro: PackedForest) -> preferen
 def value_sums(
   critic_cfg: CriticConfig, values: jax.Array, micro: PackedForest
 ) -> critic.ValueSums:
-  """The critic's loss on a micro-batch of a prepared batch; values [B, T]."""
+  """The critic's loss on a micro-batch of a prepared batch; values [B, R]."""
   return critic.value_loss(
     values, micro.values, micro.returns, micro.loss_mask, value_clip=critic_cfg.value_clip
   )

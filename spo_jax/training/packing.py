@@ -5,11 +5,15 @@ model once. Two integers a token carry the structure: `prev`, the row index of t
 continues, and `until`, the first row index past the subtree that hangs off it. Query q may attend
 key k iff k <= q < until[k].
 
-M micro-batches, B rows a micro-batch, T tokens a row, N query blocks a row, J key blocks of L
-tokens a row, W key blocks that a query block may see.
+The loss may read few of the tokens, as with the probability mask. What belongs to it has R places a
+row then, fewer than T: a tree is for the model, a list of tokens for the loss.
+
+M micro-batches, B rows a micro-batch, T tokens a row, R of them that the loss may read, N query
+blocks a row, J key blocks of L tokens a row, W key blocks that a query block may see.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,25 +26,27 @@ from spo_jax.training.layout import Layout, lay_out
 
 
 class PackedForest(NamedTuple):
-  """A batch of packed rows; [M, B, T] arrays unless told otherwise.
+  """A batch of packed rows; [M, B, R] arrays unless told otherwise.
 
-  Those that only some losses read are None for the others.
+  Where R = T every token has the place that it has in its row. Those that only some losses read are
+  None for the others.
   """
 
-  tokens: np.ndarray  # int32
-  positions: np.ndarray  # int32, distance from the root of the token's tree
-  prev: np.ndarray  # int32, row index of the token that this one continues; -1 at roots and padding
+  tokens: np.ndarray  # [M, B, T] int32
+  positions: np.ndarray  # [M, B, T] int32, distance from the root of the token's tree
   until: np.ndarray  # [M, B, J, L] int32, first row index past the subtree that hangs off the token
+  key_blocks: np.ndarray  # [M, B, N, W] int32, key blocks that a query block may see; -1 pads
+  targets: np.ndarray  # int32, the token itself
+  prev: np.ndarray  # int32, row index of the token that this one continues; -1 at roots and padding
   loss_mask: np.ndarray  # bool, tokens of trained segments
   advantages: np.ndarray  # float32, of the token's segment
   old_logprobs: np.ndarray  # float32, under the sampling policy
   ref_logprobs: np.ndarray  # float32, under the reference policy; 0 until they are computed
-  key_blocks: np.ndarray  # [M, B, N, W] int32, key blocks that a query block may see; -1 pads
   segments: np.ndarray  # [M] float32, trained segments; see `pack`
   weights: np.ndarray | None = None  # float32, of the token in the policy loss; None: all are 1
   sequence: np.ndarray | None = None  # int32, number in its micro-batch of a response in a pair; -1
   pairs: np.ndarray | None = None  # [M, P, 2] int32, sequences: chosen, rejected; -1 pads
-  ref_hidden: np.ndarray | None = None  # [M, B, T, D], states of the reference policy at `prev`
+  ref_hidden: np.ndarray | None = None  # [M, B, R, D], states of the reference policy at `prev`
   values: np.ndarray | None = None  # float32, of the critic, before the token
   returns: np.ndarray | None = None  # float32, the critic's targets
 
@@ -56,6 +62,7 @@ class PackConfig:
   key_blocks: int = 0  # W; 0 takes what the batch needs
   min_micro_batches: int = 1  # M, so that its shape need not change; doubled until the batch fits
   updates: int = 1  # rows are dealt to as many micro-batches at least, so that none is empty
+  loss_length: int = 0  # R, where `pack` is told what the loss reads; 0: T
 
   def __post_init__(self):
     for whole, part in (("row_length", "query_block"), ("query_block", "key_block")):
@@ -70,6 +77,7 @@ def pack(
   trained: np.ndarray,
   cfg: PackConfig,
   *,
+  read: np.ndarray | None = None,
   all_trained: int = 0,
   weights: np.ndarray | None = None,
   pairs: np.ndarray | None = None,
@@ -85,6 +93,8 @@ def pack(
     advantages: [N] float32, of each node's segment.
     trained: [N] bool, segments that enter the loss.
     cfg: shape of the batch.
+    read: [tokens of the forest] bool, those of trained segments that the loss reads; None: all. If
+      a segment has more than `cfg.loss_length`, R is doubled until it fits.
     all_trained: number of trained segments, those included that have no token in the loss and are
       left out; they are counted where the others are, in equal shares. 0: there are none such.
     weights: [N] float32, of each node's tokens in the policy loss; None: all are 1.
@@ -100,7 +110,16 @@ def pack(
     UserError: if a path from root to leaf is longer than a row, or a query block sees more than
       `cfg.key_blocks`.
   """
-  layout = lay_out(forest, trained, cfg.row_length)
+  loss_length, reads = cfg.row_length, None  # R
+  if read is not None and cfg.loss_length:
+    reads = np.bincount(
+      np.repeat(np.arange(len(trained)), forest.lengths)[read], minlength=len(trained)
+    )
+    reads = np.where(trained, reads, 0)
+    loss_length = cfg.loss_length
+    while loss_length < reads.max(initial=0):
+      loss_length *= 2
+  layout = lay_out(forest, trained, cfg.row_length, reads, loss_length)
   micro_batches = max(-(-layout.rows // cfg.rows), min(cfg.updates, layout.rows))
   room = cfg.min_micro_batches
   while room < micro_batches:  # of few shapes, since each is a compilation
@@ -117,7 +136,9 @@ def pack(
     home = layout.row // cfg.rows
     sequence, table = _number_pairs(home, layout.node, pairs, (room, most_pairs), len(trained))
     per_node["sequence"] = (sequence[layout.node], np.int32(-1))
-  batch = _write(forest, layout, (room * cfg.rows, cfg.row_length), per_node)
+  rows = room * cfg.rows
+  chosen = None if reads is None else (own, read)
+  batch = _write(forest, layout, (rows, cfg.row_length), (rows, loss_length), per_node, chosen)
   batch["key_blocks"] = visible_blocks(
     batch["until"], cfg.query_block, cfg.key_block, cfg.key_blocks
   )
@@ -140,18 +161,25 @@ def pack(
 
 
 def _write(
-  forest: Forest, layout: Layout, shape: tuple[int, int], per_node: dict[str, tuple]
+  forest: Forest,
+  layout: Layout,
+  shape: tuple[int, int],
+  loss_shape: tuple[int, int],
+  per_node: dict[str, tuple],
+  chosen: tuple[np.ndarray, np.ndarray] | None,
 ) -> dict[str, np.ndarray]:
-  """Rows [R, T] of everything that a token has.
+  """Rows of everything that a token has, for the model and for the loss.
 
   Args:
     forest: N nodes.
     layout: of C copies of them.
-    shape: (R, T).
-    per_node: by name, what the tokens of each copy get, [C], and what padding gets.
+    shape: (rows, T).
+    loss_shape: (rows, R).
+    per_node: by name, what the tokens of each copy get, [C], and what padding gets; for the loss.
+    chosen: what the loss reads, if not all: copies [C] bool, and tokens of the forest, bool.
 
   Returns:
-    Arrays [R, T] by name.
+    Arrays by name.
   """
   lengths = forest.lengths[layout.node]
   within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -160,23 +188,43 @@ def _write(
   row = spread(layout.row)
   source = forest.offsets[spread(layout.node)] + within
 
-  def fill(values, padding):
+  def fill(values, padding, *, shape, place):
     rows = np.full(shape, padding, np.asarray(padding).dtype)
-    rows[row, column] = values
+    rows[place] = values
     return rows
 
-  none = np.float32(0)
+  for_model = functools.partial(fill, shape=shape, place=(row, column))
   alone = np.broadcast_to(np.arange(1, shape[1] + 1, dtype=np.int32), shape)
   batch = {
-    "tokens": fill(forest.tokens[source], np.int32(0)),
-    "positions": fill(spread(layout.position) + within, np.int32(0)),
-    "prev": fill(np.where(within == 0, spread(layout.prev), column - 1), np.int32(-1)),
+    "tokens": for_model(forest.tokens[source], np.int32(0)),
+    "positions": for_model(spread(layout.position) + within, np.int32(0)),
     "until": alone.copy(),  # padding sees itself alone
-    "old_logprobs": fill(forest.logprobs[source], none),
-    "ref_logprobs": np.full(shape, none),
   }
   batch["until"][row, column] = spread(layout.until)
-  return batch | {name: fill(spread(values), pad) for name, (values, pad) in per_node.items()}
+
+  kept, place = slice(None), (row, column)
+  if chosen is not None:
+    copies, read = chosen
+    kept = spread(copies) & read[source]
+    place = (row[kept], _count_up(row[kept]))
+  for_loss = functools.partial(fill, shape=loss_shape, place=place)
+  none = np.float32(0)
+  batch |= {
+    "targets": for_loss(forest.tokens[source][kept], np.int32(0)),
+    "prev": for_loss(np.where(within == 0, spread(layout.prev), column - 1)[kept], np.int32(-1)),
+    "old_logprobs": for_loss(forest.logprobs[source][kept], none),
+    "ref_logprobs": np.full(loss_shape, none),
+  }
+  return batch | {
+    name: for_loss(spread(values)[kept], padding) for name, (values, padding) in per_node.items()
+  }
+
+
+def _count_up(rows: np.ndarray) -> np.ndarray:
+  """0, 1, 2, ... along each run of equal numbers."""
+  index = np.arange(len(rows))
+  begins = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
+  return index - np.maximum.accumulate(np.where(begins, index, 0))
 
 
 def _number_pairs(micro_batches, copies, pairs: np.ndarray, shape: tuple[int, int], nodes: int):

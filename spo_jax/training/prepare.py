@@ -36,7 +36,7 @@ def prepare(
     cfg: decoder geometry.
     loss_cfg: the loss.
     ref_params: parameters of the reference policy; read if the loss needs it.
-    batch: [M, B, T] arrays from `packing.pack`. With a critic the advantages are the responses'
+    batch: arrays from `packing.pack`. With a critic the advantages are the responses'
       rewards.
     micro_batches: scalar int32, micro-batches in use.
     critic_params: parameters with a value head; read if there is a critic.
@@ -58,19 +58,19 @@ def prepare(
         cfg,
         ref_params,
         hidden(micro),
-        micro.tokens,
+        micro.targets,
         temperature=loss_cfg.temperature,
         chunk=loss_cfg.logprob_chunk,
       )
 
     batch = batch._replace(ref_logprobs=score(logprobs, batch.ref_logprobs))
     if loss_cfg.forward_kl_coef:
-      room = jnp.zeros((*batch.tokens.shape, cfg.width), cfg.dtype)
+      room = jnp.zeros((*batch.targets.shape, cfg.width), cfg.dtype)
       batch = batch._replace(ref_hidden=score(hidden, room))
   if loss_cfg.critic is not None:
     values = score(
       lambda micro: state_values(critic_params, forest_states(cfg, critic_params, micro)),
-      jnp.zeros(batch.tokens.shape, jnp.float32),
+      jnp.zeros(batch.targets.shape, jnp.float32),
     )
     coef = loss_cfg.kl_coef if kl_coef is None else kl_coef
     batch = _add_critic_advantages(loss_cfg, batch, values, coef)
@@ -78,7 +78,7 @@ def prepare(
 
 
 def _for_each(batch: PackedForest, micro_batches: jax.Array, function, room: jax.Array):
-  """function(micro-batch) -> [B, T, ...], of those in use, into `room` [M, B, T, ...]."""
+  """function(micro-batch) -> [B, R, ...], of those in use, into `room` [M, B, R, ...]."""
 
   def one(i, store):
     return store.at[i].set(function(jax.tree.map(lambda x: x[i], batch)).astype(store.dtype))
@@ -93,7 +93,10 @@ def _flat(x: jax.Array) -> jax.Array:
 def _add_critic_advantages(
   loss_cfg: LossConfig, batch: PackedForest, values, kl_coef
 ) -> PackedForest:
-  """GAE over each response; the packed rows hold responses end to end, each contiguous."""
+  """GAE over each response; the packed rows hold responses end to end, each contiguous.
+
+  Needs every token at its own place: R = T.
+  """
   critic_cfg = loss_cfg.critic
   mask = _flat(batch.loss_mask)
   values = jnp.where(mask, _flat(values), 0)
@@ -120,7 +123,7 @@ def _add_critic_advantages(
     targets = returns.discounted_returns(rewards, continues, gamma=critic_cfg.gamma)
   else:
     targets = advantages + values
-  shape = batch.tokens.shape
+  shape = batch.targets.shape
   return batch._replace(
     advantages=advantages.reshape(shape),
     values=values.reshape(shape),
@@ -143,5 +146,5 @@ def _mask_and_scale(loss_cfg: LossConfig, batch: PackedForest) -> PackedForest:
     advantages = masking.rescale(advantages, segment_mask, unbiased=True)
   elif loss_cfg.scaling != "none":
     raise ValueError(f"unknown scaling {loss_cfg.scaling!r}, one of whiten, rescale, none")
-  shape = batch.tokens.shape
+  shape = batch.targets.shape
   return batch._replace(loss_mask=mask.reshape(shape), advantages=advantages.reshape(shape))

@@ -52,14 +52,23 @@ def reads_unlikely_alone(config: Config) -> bool:
   )
 
 
+def read_tokens(forest: Forest, trained: np.ndarray, config: Config) -> np.ndarray | None:
+  """[tokens] bool, those that the loss of `config` reads; None where that may be all of them."""
+  return loss_tokens(forest, trained, config) if reads_unlikely_alone(config) else None
+
+
+def loss_tokens(forest: Forest, trained: np.ndarray, config: Config) -> np.ndarray:
+  """[tokens] bool, unlikely tokens of trained segments."""
+  mask = np.repeat(trained, forest.lengths)[None]
+  mask = probability_mask(forest.logprobs[None], mask, threshold=config.probability_threshold)
+  return jax.device_get(mask)[0]
+
+
 def loss_lengths(forest: Forest, trained: np.ndarray, config: Config) -> np.ndarray:
   """[N] int64, tokens of each node up to its last one in the loss; 0 if it has none."""
   lengths = forest.lengths
   node = np.repeat(np.arange(len(lengths)), lengths)
-  mask = probability_mask(
-    forest.logprobs[None], trained[node][None], threshold=config.probability_threshold
-  )
-  (last,) = np.nonzero(jax.device_get(mask)[0])
+  (last,) = np.nonzero(loss_tokens(forest, trained, config))
   found = np.zeros(len(lengths), np.int64)
   np.maximum.at(found, node[last], last + 1 - forest.offsets[node[last]])
   return found

@@ -213,6 +213,7 @@ def test_sampled_logprobs_are_the_trained_ones():
   index = np.arange(P + S, dtype=np.int32)[None]
   batch = dict.fromkeys(PackedForest._fields) | {
     "tokens": want[None],
+    "targets": want[None],
     "positions": index,
     "prev": index - 1,
     "until": np.full((1, 1, P + S), P + S, np.int32),

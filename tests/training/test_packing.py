@@ -1,6 +1,7 @@
 """The packed forest equals (prefix, segment) rows, and its structure a naive reading."""
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -98,6 +99,40 @@ def test_loss_and_gradients_equal_those_of_segment_rows(name, share):
   assert_equals_segment_rows(forest, trained, batch, advantages, (40, 64))
 
 
+@pytest.mark.parametrize("name", FORESTS)
+def test_places_for_what_the_loss_reads_change_nothing_but_the_cost(name):
+  rng = np.random.default_rng(1)
+  forest = FORESTS[name](rng)
+  trained, threshold = own_segments(forest), np.quantile(forest.logprobs, 0.3)
+  advantages = rng.standard_normal(len(trained)).astype(np.float32)
+  read = forest.logprobs < threshold
+  cfg = PackConfig(64, 2, 32, 16, key_blocks=4, min_micro_batches=8)
+  whole, _ = pack(forest, advantages, trained, cfg)
+  whole = whole._replace(loss_mask=whole.loss_mask & (whole.old_logprobs < threshold))
+  params = tiny_params(MODEL)
+  want_loss, want_grads = packed_loss(MODEL, params, one_micro_batch(whole))
+  few = dataclasses.replace(cfg, loss_length=16)
+  batch, counts = pack(forest, advantages, trained, few, read=read)
+  assert batch.targets.shape == batch.prev.shape == (*whole.tokens.shape[:2], 16)
+  assert counts["tokens"] == (read & np.repeat(trained, forest.lengths)).sum() > 0
+  loss, grads = packed_loss(MODEL, params, one_micro_batch(batch))
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+  assert_trees_close(grads, want_grads, 1e-5)
+
+
+def test_rows_hold_no_more_than_the_loss_has_places_for():
+  forest = distinct(path_forest(np.random.default_rng(0), (2, 2, 2, 2), (9, 9, 9, 9)))
+  trained, read = own_segments(forest), np.ones(len(forest.tokens), bool)
+  for places, width, rows in ((36, 36, 1), (20, 20, 2), (9, 9, 4), (5, 10, 4)):  # 5 is doubled
+    cfg = PackConfig(64, 1, 8, 8, loss_length=places)
+    batch, counts = pack(forest, np.ones(len(trained), np.float32), trained, cfg, read=read)
+    assert (batch.targets.shape[-1], counts["rows"]) == (width, rows)
+    assert_structure(forest, np.ones(len(trained), np.float32), trained, batch, read)
+    # Without a word of what is read, all may be.
+    batch, counts = pack(forest, np.ones(len(trained), np.float32), trained, cfg)
+    assert (batch.targets.shape[-1], counts["rows"]) == (64, 1)
+
+
 def test_a_full_tree_of_the_paper_equals_its_segment_rows_and_holds_every_token_once():
   rng = np.random.default_rng(2)
   forest = tree_forest(rng, (6, 6, 6), (2, 2, 2), prompts=(3,))
@@ -134,39 +169,49 @@ def longest_segments(forest) -> list[int]:
   return [int(forest.lengths[forest.depth == d].max()) for d in range(forest.depth.max() + 1)]
 
 
-def assert_structure(forest, advantages, trained, batch: PackedForest):
+def assert_structure(forest, advantages, trained, batch: PackedForest, read=None):
   """Every row of a batch of a forest with distinct tokens, token by token."""
   owner = np.repeat(np.arange(len(forest.parent)), forest.lengths)
   trained_tokens = collections.Counter()
   rows = [x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(batch._replace(segments=None))]
-  for tokens, positions, prev, until, mask, adv, old, ref, key_blocks in zip(*rows, strict=True):
+  for tokens, positions, until, key_blocks, targets, *of_loss in zip(*rows, strict=True):
     T, Q, L = len(tokens), len(tokens) // len(key_blocks), until.shape[-1]
     until = until.reshape(-1)
     visible = [{j for j in range(i + 1) if i < until[j]} for i in range(T)]
     for i, token in enumerate(tokens):
       if token == 0:
-        assert (prev[i], until[i], mask[i]) == (-1, i + 1, False)
+        assert until[i] == i + 1
         continue
-      node, index = owner[token - 1], token - 1
-      before = path_tokens(forest, node)
-      before = before[: before.index(index) + 1]
-      walked, at = [], i
-      while at >= 0:
-        walked.append(at)
-        at = prev[at]
-      assert [tokens[j] - 1 for j in walked[::-1]] == before
-      assert visible[i] == set(walked)
+      before = tokens_up_to(forest, owner, token - 1)
+      assert [tokens[j] - 1 for j in sorted(visible[i])] == before
       assert positions[i] == len(before) - 1
-      assert (adv[i], old[i], ref[i]) == (advantages[node], forest.logprobs[index], 0)
-      if mask[i]:
-        trained_tokens[int(index)] += 1
+    for place, (target, prev, mask, adv, old, ref) in enumerate(
+      zip(targets, *of_loss, strict=True)
+    ):
+      if target == 0:
+        assert (prev, mask) == (-1, False)
+        continue
+      index = int(target - 1)
+      assert mask if read is not None else tokens[place] == target
+      before = tokens_up_to(forest, owner, index)[:-1]
+      assert [tokens[j] - 1 for j in sorted(visible[prev])] == before if before else prev == -1
+      assert (adv, old, ref) == (advantages[owner[index]], forest.logprobs[index], 0)
+      if mask:
+        trained_tokens[index] += 1
     for n, listed in enumerate(key_blocks):
       queries = range(n * Q, (n + 1) * Q)
       seen = {j for i in queries for j in visible[i]}
       want = sorted({j // L for j in seen.union(queries)})
       assert listed[: len(want)].tolist() == want
       assert (listed[len(want) :] == -1).all()
-  assert trained_tokens == dict.fromkeys(np.flatnonzero(trained[owner]).tolist(), 1)
+  wanted = trained[owner] if read is None else trained[owner] & read
+  assert trained_tokens == dict.fromkeys(np.flatnonzero(wanted).tolist(), 1)
+
+
+def tokens_up_to(forest, owner, index) -> list[int]:
+  """The tokens of its path up to a token, by index."""
+  path = path_tokens(forest, owner[index])
+  return path[: path.index(index) + 1]
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -180,14 +225,20 @@ def test_structure_of_random_forests(seed):
   longest_path = max(len(path_tokens(forest, node)) for node in range(len(trained)))
   row_length = -(-int(longest_path * rng.choice([1, 1.5, 4])) // query_block) * query_block
   bound = key_blocks_bound(longest_segments(forest), query_block, key_block, row_length)
-  rows = int(rng.integers(1, 4))
-  shape = PackConfig(row_length, rows, query_block, key_block, key_blocks=bound)
-  batch, counts = pack(forest, advantages, trained, shape)
+  rows, read, loss_length = int(rng.integers(1, 4)), None, 0
+  if seed % 2:  # the first token of every segment, and others
+    read = rng.random(len(forest.tokens)) < rng.choice([0, 0.3, 0.9])
+    read[forest.offsets[:-1]] = True
+    loss_length = int(rng.integers(1, row_length + 1))
+  shape = PackConfig(
+    row_length, rows, query_block, key_block, key_blocks=bound, loss_length=loss_length
+  )
+  batch, counts = pack(forest, advantages, trained, shape, read=read)
   assert batch.key_blocks.shape[-1] == bound
-  assert_structure(forest, advantages, trained, batch)
-  micro_batch = np.repeat(np.arange(len(batch.tokens)), rows * row_length)
+  assert_structure(forest, advantages, trained, batch, read)
+  micro_batch = np.repeat(np.arange(len(batch.tokens)), rows * batch.targets.shape[-1])
   own = batch.loss_mask.reshape(-1)
-  node = np.repeat(np.arange(len(trained)), forest.lengths)[batch.tokens.reshape(-1)[own] - 1]
+  node = np.repeat(np.arange(len(trained)), forest.lengths)[batch.targets.reshape(-1)[own] - 1]
   pairs = np.unique(np.stack([micro_batch[own], node]), axis=1)
   want = np.bincount(pairs[0], minlength=len(batch.tokens))
   np.testing.assert_array_equal(batch.segments, want)
