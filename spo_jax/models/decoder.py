@@ -115,6 +115,11 @@ def fan_in_init(*fan_in_axes: int) -> nn.initializers.Initializer:
   return init
 
 
+def pick(x_BxTxE: jax.Array, places_BxR: jax.Array) -> jax.Array:
+  """[B, R, ...]: of each row of [B, T, ...], the elements at its places."""
+  return jax.vmap(lambda row, places: row[places])(x_BxTxE, places_BxR)
+
+
 class Block(nn.Module):
   """Attention and a gated feed-forward layer, each with a norm before it and a residual."""
 
@@ -162,7 +167,6 @@ class Block(nn.Module):
       c.attention_spec(self.kind),
     )
     if read_BxR is not None:  # from here on T is R
-      pick = jax.vmap(lambda row, places: row[places])
       x_BxTxD, mixed_BxTxHxDh = pick(x_BxTxD, read_BxR), pick(mixed_BxTxHxDh, read_BxR)
     out_BxTxD = jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo)
     if c.post_norms:
@@ -195,8 +199,9 @@ class Decoder(nn.Module):
       positions_BxT: [B, T] int32, distance from the root of the token's tree.
       context: what `attend` needs and all layers share, a pytree of arrays.
       caches: one pytree a layer, or None for every layer.
-      read_BxR: [B, R] int32, row indices of the states that are wanted; None: all T in order. The
-        others are keys and values of the last layer, and cost no feed-forward there.
+      read_BxR: [B, R] int32, row indices of the states that are wanted; None: all T in order. If
+        they are fewer than T, the others are keys and values of the last layer alone, and cost no
+        feed-forward there.
 
     Returns:
       (hidden states after the last norm [B, R, D], tuple of the layers' new caches).
@@ -212,17 +217,21 @@ class Decoder(nn.Module):
       x_BxTxD = x_BxTxD * c.embedding_scale
     ropes = dict.fromkeys(kind.rope for kind in c.layer_kinds)  # a set has no fixed order
     tables = {rope: rotary_tables(rope, positions_BxT, c.head_dim) for rope in ropes}
+    few = read_BxR is not None and read_BxR.shape[1] < tokens_BxT.shape[1]
     block = nn.remat(Block) if c.remat else Block
     new_caches = []
     for layer in range(c.layers):
       cache = None if caches is None else caches[layer]
       kind = c.layer_kind(layer)
-      read = read_BxR if layer == c.layers - 1 else None
+      read = read_BxR if few and layer == c.layers - 1 else None
       x_BxTxD, cache = block(c, self.attend, kind, name=f"block_{layer}")(
         x_BxTxD, positions_BxT, tables[kind.rope], context, cache, read
       )
       new_caches.append(cache)
-    return RMSNorm(c, name="final_norm")(x_BxTxD), tuple(new_caches)
+    x_BxTxD = RMSNorm(c, name="final_norm")(x_BxTxD)
+    if read_BxR is not None and not few:
+      x_BxTxD = pick(x_BxTxD, read_BxR)
+    return x_BxTxD, tuple(new_caches)
 
 
 def forward(
