@@ -28,4 +28,5 @@ def get_config(variant: str | None = None):
     config.rollout.probes = 4
     config.rollout.probe_where = "all"
     config.rollout.slots = 96
+    config.optimizer.learning_rate = 2.5e-4  # the best of a sweep: benchmarks/RESULTS.md
   return config

@@ -13,6 +13,7 @@ from spo_jax.config_check import from_config_dict
 from spo_jax.forest import prune
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.learner import Learner, TrainingSet
+from spo_jax.training import packing
 from tests.tiny import tiny_config, tiny_params
 from tests.training.forests import own_segments, tree_forest
 
@@ -116,3 +117,25 @@ def test_what_the_loss_does_not_read_is_not_packed_and_no_update_is_empty():
   prompts = FOREST.lengths[FOREST.depth == 0].sum()
   assert found[True]["train/packed_tokens"] == prompts + sum(last) < 0.9 * len(FOREST.tokens)
   assert 0 < found[True]["train/tokens"] < found[False]["train/tokens"]
+
+
+@pytest.mark.parametrize("mask, places", [(True, 16), (False, 32)])
+def test_places_for_what_the_loss_reads_change_no_update(monkeypatch, mask, places):
+  rng = np.random.default_rng(6)
+  unlikely = np.log(np.where(rng.random(len(FOREST.tokens)) < 0.3, 0.3, 0.99)).astype(np.float32)
+  forest = FOREST._replace(logprobs=unlikely)
+  chosen = TrainingSet(forest, ADVANTAGES, own_segments(forest))
+  packed = []
+  pack = packing.pack
+
+  def watched(*args, **kwargs):
+    packed.append(pack(*args, **kwargs)[0])
+    return packed[-1], pack(*args, **kwargs)[1]
+
+  monkeypatch.setattr(packing, "pack", watched)
+  # One update: which rows an update has may differ.
+  fields = {"loss__use_probability_mask": mask, "loss__kl_control": "fixed", "minibatches": 1}
+  found = [learner(packing__loss_length=n, **fields).update(chosen) for n in (0, 16)]
+  assert [batch.targets.shape[-1] for batch in packed] == [32, places]
+  for name in ("loss", "grad_norm", "kl", "tokens", "segments", "packed_tokens"):
+    np.testing.assert_allclose(found[1][f"train/{name}"], found[0][f"train/{name}"], rtol=1e-5)
