@@ -137,8 +137,8 @@ def test_no_rates_are_the_configs_own(tmp_path):
   made.test()
   methods = made.results("arithmetic", "own")["methods"]
   assert [(m["rate"], m["sweep"], len(m["runs"])) for m in methods] == [
-    (8e-4, [], 3),
-    (6e-4, [], 3),
+    (4e-4, [], 3),
+    (4e-4, [], 3),
   ]
 
 
@@ -161,7 +161,7 @@ def test_table_and_its_notes(tmp_path):
   tree = next(line for line in lines if line.startswith("| spo_tree")).split(" | ")
   grpo = next(line for line in lines if line.startswith("| grpo")).split(" | ")
   assert tree[1:7] == ["0.0002", "3", "20", "60", "0.02", "40"]
-  assert grpo[1:7] == ["0.0016", "3", "40", "40", "0.02", "40"]
+  assert grpo[1:7] == ["0.0016", "3", "40", "120", "0.02", "40"]
   # Seeds 0, 1, 2 are 0.02 apart: 4.303 * 0.02 / sqrt(3); paired, they do not enter.
   assert tree[7:10] == ["0.200", "0.670 ± 0.050", ""]
   assert grpo[7:10] == ["0.200", "0.620 ± 0.050", "-0.050 ± 0.000"]
