@@ -110,15 +110,7 @@ def pack(
     UserError: if a path from root to leaf is longer than a row, or a query block sees more than
       `cfg.key_blocks`.
   """
-  loss_length, reads = cfg.row_length, None  # R
-  if read is not None and cfg.loss_length:
-    reads = np.bincount(
-      np.repeat(np.arange(len(trained)), forest.lengths)[read], minlength=len(trained)
-    )
-    reads = np.where(trained, reads, 0)
-    loss_length = cfg.loss_length
-    while loss_length < reads.max(initial=0):
-      loss_length *= 2
+  reads, loss_length = _places(forest, trained, read, cfg)
   layout = lay_out(forest, trained, cfg.row_length, reads, loss_length)
   micro_batches = max(-(-layout.rows // cfg.rows), min(cfg.updates, layout.rows))
   room = cfg.min_micro_batches
@@ -158,6 +150,20 @@ def pack(
     "distinct_tokens": int(forest.lengths[np.unique(layout.node)].sum()),
   }
   return PackedForest(**batch), counts
+
+
+def _places(
+  forest: Forest, trained: np.ndarray, read: np.ndarray | None, cfg: PackConfig
+) -> tuple[np.ndarray | None, int]:
+  """([N] tokens of each trained segment that the loss reads, or None for all; R)."""
+  if read is None or not cfg.loss_length:
+    return None, cfg.row_length
+  node = np.repeat(np.arange(len(trained)), forest.lengths)
+  reads = np.where(trained, np.bincount(node[read], minlength=len(trained)), 0)
+  length = cfg.loss_length
+  while length < reads.max(initial=0):
+    length *= 2
+  return reads, length
 
 
 def _write(

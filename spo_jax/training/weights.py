@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from spo_jax.algorithms import masking
 from spo_jax.config import Config
 from spo_jax.forest import Forest
+from spo_jax.training.trimming import loss_tokens
 
 
 def segment_weights(forest: Forest, trained: np.ndarray, config: Config) -> np.ndarray | None:
@@ -27,8 +27,7 @@ def segment_weights(forest: Forest, trained: np.ndarray, config: Config) -> np.n
   if by_sequence:
     mask = np.repeat(trained, forest.lengths)
     if config.loss.use_probability_mask:
-      threshold = config.probability_threshold
-      mask = masking.probability_mask(forest.logprobs[None], mask[None], threshold=threshold)[0]
+      mask = loss_tokens(forest, trained, config)
     node = np.repeat(np.arange(len(trained)), forest.lengths)
     owner = sequences(forest)
     tokens = np.bincount(owner[node[mask]], minlength=len(trained))
