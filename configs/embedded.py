@@ -19,6 +19,8 @@ class Embedded:
   max_response_tokens: int
   tree_segments: tuple[int, ...]  # M of SPO-tree's levels but the last
   chain_interval: int = 2  # cutpoints a segment of SPO-chain; plain responses have 5 to 10
+  # Of the policy: what a sweep found best for most methods (benchmarks/RESULTS.md).
+  learning_rate: float = 4e-4
   # It stops early on purpose: that leaves RL most of the way.
   warm_start: WarmStartConfig = WarmStartConfig(target_accuracy=0.24)
 
@@ -27,7 +29,12 @@ ARITHMETIC = Embedded("arithmetic", "plain", "numbers", 40, 46, tree_segments=(2
 EMBEDDED = {
   "arithmetic": ARITHMETIC,
   "filler": dataclasses.replace(
-    ARITHMETIC, variant="filler", max_response_tokens=60, tree_segments=(32,), chain_interval=5
+    ARITHMETIC,
+    variant="filler",
+    max_response_tokens=60,
+    tree_segments=(32,),
+    chain_interval=5,
+    learning_rate=6e-4,
   ),
   "long": dataclasses.replace(
     ARITHMETIC,
@@ -45,6 +52,7 @@ EMBEDDED = {
     max_prompt_tokens=12,
     max_response_tokens=38,
     tree_segments=(8,),
+    learning_rate=8e-4,
     warm_start=WarmStartConfig(max_steps=1500, eval_every=50, target_accuracy=0.24),
   ),
 }
@@ -64,3 +72,4 @@ def apply_embedded(config, task: Embedded) -> None:
   config.loss.epsilon_low = config.loss.epsilon_high = 0.2
   config.loss.kl_coef = 1e-4
   config.optimizer.clip_norm = 1.0
+  config.optimizer.learning_rate = task.learning_rate

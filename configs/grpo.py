@@ -41,7 +41,6 @@ def embedded(config, task: Embedded) -> None:
   config.rollout.prompts = 64
   config.rollout.samples = 8
   config.packing.row_length = 416  # a prompt of 40 tokens and 8 responses of 46 fit a row
-  config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
 
 

@@ -39,6 +39,5 @@ def embedded(config) -> None:
   config.rollout.prompts = 256
   config.rollout.samples = 2
   config.minibatches = 4
-  config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
   config.critic_optimizer.learning_rate = 1e-3

@@ -64,7 +64,6 @@ def embedded(config, task: Embedded) -> None:
   config.loss.segment_weights = "share"
 
   config.packing.loss_length = 96  # as in spo_tree.py
-  config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
 
 

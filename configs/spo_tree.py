@@ -58,7 +58,6 @@ def embedded(config, task: Embedded) -> None:
   config.advantage.kind = "shrinkage"
 
   config.packing.loss_length = 96  # of 288; an iteration's rows have 10 to 80 such tokens
-  config.optimizer.learning_rate = 4e-4  # the best of a sweep: benchmarks/RESULTS.md
   set_schedule(config, warmup_share=0.0)  # cosine, to 0
 
 
