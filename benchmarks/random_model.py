@@ -82,14 +82,17 @@ def build_tokenizer(texts: Iterator[str], vocab_size: int) -> transformers.PreTr
   )
 
 
-def model_config(family: str, layers: int, width: int, tokenizer: Any) -> dict[str, Any]:
+def model_config(
+  family: str, layers: int, width: int, vocab_size: int, **token_ids: int | None
+) -> dict[str, Any]:
   """A family's config.json; heads have 64 channels, or half the width, and two share their keys.
 
   Args:
     family: a key of `families.FAMILIES`.
     layers: blocks.
     width: channels, a multiple of 128 or, below, of 4.
-    tokenizer: what the vocabulary is of.
+    vocab_size: tokens.
+    **token_ids: special ones, such as `eos_token_id`.
 
   Raises:
     UserError: if the width cannot be divided so.
@@ -99,7 +102,7 @@ def model_config(family: str, layers: int, width: int, tokenizer: Any) -> dict[s
     raise UserError(f"--width {width} must be a multiple of {2 * MOST_HEAD_DIM}, or of 4 below it")
   config = transformers.AutoConfig.for_model(
     family,
-    vocab_size=len(tokenizer),
+    vocab_size=vocab_size,
     hidden_size=width,
     intermediate_size=FFN_RATIO * width,
     num_hidden_layers=layers,
@@ -107,11 +110,9 @@ def model_config(family: str, layers: int, width: int, tokenizer: Any) -> dict[s
     num_key_value_heads=width // head_dim // 2,
     head_dim=head_dim,
     max_position_embeddings=CONTEXT,
-    bos_token_id=None,
-    eos_token_id=tokenizer.eos_token_id,
-    pad_token_id=tokenizer.pad_token_id,
     architectures=[FAMILIES[family].architecture],
     dtype="float32",
+    **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | token_ids,
   )
   return json.loads(config.to_json_string())
 
@@ -136,7 +137,8 @@ def write_model(
   """
   check_export(folder)
   tokenizer = build_tokenizer(texts, vocab_size)
-  hf = model_config(family, layers, width, tokenizer)
+  ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+  hf = model_config(family, layers, width, len(tokenizer), **ids)
   cfg = config_from_hf(hf)
   params = jax.jit(lambda key: nn.unbox(init_params(cfg, key)))(jax.random.key(seed))
   export_model(params, cfg, hf, tokenizer, folder)

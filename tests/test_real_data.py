@@ -284,4 +284,4 @@ def test_random_models_tell_what_they_cannot_be_made_of(tmp_path):
   assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
   for width in (6, 192):
     with pytest.raises(UserError, match=f"--width {width}"):
-      random_model.model_config("qwen2", 1, width, tokenizer)
+      random_model.model_config("qwen2", 1, width, len(tokenizer))

@@ -91,7 +91,7 @@ def export_model(
     params: parameters of the decoder, on any devices that this process can read.
     cfg: its geometry.
     hf: its config.json.
-    tokenizer: its tokenizer.
+    tokenizer: its tokenizer; None writes none.
     folder: what to write; it appears when it is whole.
     source: the checkpoint that the parameters came from. Each tensor gets the dtype that it had
       there, and generation_config.json is kept.
@@ -123,7 +123,8 @@ def export_model(
       index = {"metadata": {}, "weight_map": weight_map}
       (unfinished / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     (unfinished / CONFIG_FILE).write_text(json.dumps(hf, indent=2) + "\n")
-    tokenizer.save_pretrained(unfinished)
+    if tokenizer is not None:
+      tokenizer.save_pretrained(unfinished)
     if source is not None and (kept := source.folder / GENERATION_FILE).is_file():
       shutil.copy(kept, unfinished)
     # Temporary folders, and what safetensors writes, are their owner's alone.
