@@ -28,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.peers import PEERS, missing
+from benchmarks.peers import PEERS, Peer, missing
 from benchmarks.random_model import model_config
 from benchmarks.update import machine
+from spo_jax.command_line import USER_ERROR_STATUS
+from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models.decoder import DecoderConfig, count_params, init_params
 from spo_jax.models.export import export_model
@@ -44,7 +46,7 @@ MATMUL_SIZE = 1024
 COPY_FLOATS = 1 << 25
 RATE_REPEATS = 7
 
-Engine = Callable[[int], int]  # seed -> number of tokens drawn
+Engine = Callable[[int], float]  # seed -> the work that was done: number of tokens drawn
 
 
 class Ours:
@@ -120,7 +122,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_peers(
   names: Sequence[str], context: int, cfg: DecoderConfig, hf: dict[str, Any], params: Any
-) -> dict[str, Any]:
+) -> dict[str, Peer]:
   """The peers that are installed, with our parameters; of the others a word on stderr."""
   peers = {}
   with tempfile.TemporaryDirectory(prefix="spo_jax_sampling_") as folder:
@@ -135,10 +137,19 @@ def load_peers(
 
 
 def engines(
-  args: argparse.Namespace, batch: int, cfg: DecoderConfig, params: Any, peers: Mapping[str, Any]
+  args: argparse.Namespace, batch: int, cfg: DecoderConfig, params: Any, peers: Mapping[str, Peer]
 ) -> dict[str, Engine]:
-  """What is timed for a batch."""
+  """What is timed for a batch.
+
+  Raises:
+    UserError: if the prompts cannot be divided over the devices.
+  """
   R = batch if args.tree else batch // args.samples
+  if R % len(jax.devices()):
+    raise UserError(
+      f"--batch {batch} makes {R} prompts, which {len(jax.devices())} devices cannot divide: use a "
+      "multiple"
+    )
   prompts = np.random.default_rng(0).integers(0, args.vocab, (R, args.prompt))
   slots = R * math.prod(args.tree) if args.tree else batch
   make = functools.partial(Ours, cfg, params, slots)
@@ -183,15 +194,20 @@ def in_turn(calls: Mapping[str, Engine], repeats: int) -> dict[str, dict[str, An
 def machine_rates() -> dict[str, float]:
   """The machine's best: float32 matmuls in GFLOP/s, copies in GB/s, read and written."""
   square, line = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(COPY_FLOATS)
-  work = {
-    "matmul_gflops": (jax.jit(lambda x: x @ x), square, 2 * MATMUL_SIZE**3),
-    "copy_gb_s": (jax.jit(lambda x: x + 1), line, 2 * line.nbytes),
+  matmul, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+
+  def call(function, x, amount):
+    jax.block_until_ready(function(x))
+    return amount
+
+  calls = {
+    "matmul_gflops": lambda _: call(matmul, square, 2 * MATMUL_SIZE**3),
+    "copy_gb_s": lambda _: call(copy, line, 2 * line.nbytes),
   }
-  rates = {}
-  for name, (function, x, amount) in work.items():
-    calls = {name: lambda _: jax.block_until_ready(function(x)) is None}  # noqa: B023
-    rates[name] = amount / statistics.median(in_turn(calls, RATE_REPEATS)[name]["seconds"]) / 1e9
-  return rates
+  return {
+    name: one["tokens"] / statistics.median(one["seconds"]) / 1e9
+    for name, one in in_turn(calls, RATE_REPEATS).items()
+  }
 
 
 def print_table(record: Mapping[str, Any]) -> None:
@@ -220,8 +236,22 @@ def print_table(record: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Measures and prints."""
+  """Measures and prints; a mistake is told in one line."""
   args = parse_args(argv)
+  try:
+    measure(args)
+  except UserError as error:
+    print(f"sampling: {error}", file=sys.stderr)
+    return USER_ERROR_STATUS
+  return 0
+
+
+def measure(args: argparse.Namespace) -> None:
+  """Every batch in turn.
+
+  Raises:
+    UserError: if the model or a batch cannot be made.
+  """
   hf = model_config("qwen2", args.layers, args.width, args.vocab)
   cfg = config_from_hf(hf)
   params = jax.jit(lambda key: nn.unbox(init_params(cfg, key)))(jax.random.key(0))
@@ -240,7 +270,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = common | {"batch": batch, "engines": timed}
     print_table(record)
     print(json.dumps(record))
-  return 0
 
 
 if __name__ == "__main__":

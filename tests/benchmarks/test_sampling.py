@@ -57,7 +57,10 @@ def test_hugging_face_draws_from_our_weights():
   assert (drawn == 7).all() and (ours == 7).all()
 
 
-def test_wrong_sizes_are_told():
+def test_wrong_sizes_are_told(capsys):
+  for words, told in (("--batch 12", "8 devices cannot divide"), ("--width 34", "--width 34")):
+    assert sampling.main([*TINY.split(), "--peers", "--batch", "8", *words.split()]) == 2
+    assert told in capsys.readouterr().err
   for words in ("--batch 5 --samples 2", "--tree 2 --samples 2 --batch 2"):
     with pytest.raises(SystemExit):
       sampling.parse_args(words.split())
