@@ -59,7 +59,7 @@ class ComputeConfig:
 
   dtype: str = "float32"  # of activations, matmuls and caches; parameters are float32
   remat: bool = False  # recompute each block in the backward pass, which saves memory
-  attention: str = "blocks"  # or "flash", "cudnn"; see models/attention/__init__.py
+  attention: str = "blocks"  # or "flash", "cudnn", "pallas"; see models/attention/__init__.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ class RolloutConfig:
   top_k: int = 0  # 0 keeps all
   top_p: float = 1.0  # 1 keeps all
   slots: int = 1024  # most groups of continuations that are decoded at a time
-  refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle
+  refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
+  suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +243,8 @@ class Config:
   epochs: int = 1  # times that an iteration's batch is trained on
   restart: bool = False  # every iteration trains the first policy anew (RestEM)
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
+  # Folder that keeps compiled programs for later runs; "" keeps none. ~ and gs:// are understood.
+  compilation_cache: str = "~/.cache/spo_jax"
   topology: str = ""  # TPUs that `spo_jax.plan` compiles for, unless told otherwise
   model: str = ""  # folder or hub id of a Hugging Face model; "" is a new one, of `new_model`
   data: DataConfig = DataConfig()
@@ -322,7 +325,9 @@ class EvaluationConfig:
   contexts: tuple[int, ...] = (2048, 4096)
   batch: int = 32  # prompts that are prefilled together; kept on disk when they are done
   slots: int = 32  # most prompts whose responses are decoded at a time
-  refill_share: float = 0.25  # waiting prompts enter when this share of the slots is idle
+  refill_share: float = 0.25  # waiting prompts enter when this share of the slots is idle; 1: all
+  suffix_chunks: int = 4  # a step reads the chunks of the responses that have begun; each compiles
+  compilation_cache: str = "~/.cache/spo_jax"  # as in `Config`
   data: DataConfig = DataConfig()
   compute: ComputeConfig = ComputeConfig()
   mesh: MeshConfig = MeshConfig()

@@ -28,6 +28,7 @@ _POSITIVE = (
   "rollout.cuts_per_group",
   "rollout.max_prompt_tokens",
   "rollout.slots",
+  "rollout.suffix_chunks",
   "partition.interval",
   "partition.length",
   "partition.parts",
@@ -85,6 +86,7 @@ _EVALUATION_POSITIVE = (
   "max_prompt_tokens",
   "batch",
   "slots",
+  "suffix_chunks",
   "data.grader_timeout_s",
   "data.grader_memory_mb",
 )

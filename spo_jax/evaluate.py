@@ -24,6 +24,7 @@ from spo_jax.config_check import from_config_dict
 from spo_jax.config_rules import check_mesh
 from spo_jax.evaluation import respond
 from spo_jax.forest import Forest
+from spo_jax.infra.compilation import keep_programs
 from spo_jax.infra.mesh import make_mesh, row_shards
 from spo_jax.infra.progress import Progress
 from spo_jax.models.attention import check_backend
@@ -43,7 +44,8 @@ def evaluate_from_flags() -> None:
   """Checks the config, claims the workdir, samples what is missing, prints the table."""
   config = from_config_dict(command_line.CONFIG.value, EvaluationConfig)
   workdir = pathlib.Path(command_line.WORKDIR.value).absolute()
-  command_line.claim_workdir(workdir, dataclasses.asdict(config))
+  command_line.claim_workdir(workdir, dataclasses.asdict(config), may_change=("compilation_cache",))
+  keep_programs(config.compilation_cache)
   with Progress(1) as progress:
     summary = evaluate_model(config, workdir, progress)
     for line in table(summary):
@@ -67,8 +69,14 @@ def evaluate_model(
   compute, device = config.compute, mesh.devices.flat[0]
   model = config_from_hf(pretrained.hf, **dataclasses.asdict(compute)).on(mesh)
   check_tensors(pretrained, model)
-  head_dim, cap = model.head_dim, model.attention_cap
-  check_backend(compute.attention, device, dtype=compute.dtype, head_dim=head_dim, cap=cap)
+  check_backend(
+    compute.attention,
+    device,
+    dtype=compute.dtype,
+    head_dim=model.head_dim,
+    cap=model.attention_cap,
+    group=model.heads // model.kv_heads,
+  )
   task = open_task(
     config.data,
     max_prompt_tokens=config.max_prompt_tokens,
@@ -91,6 +99,7 @@ def evaluate_model(
         sampling=SamplingConfig(config.temperature, config.top_k, config.top_p),
         slots=config.slots,
         refill_share=config.refill_share,
+        suffix_chunks=config.suffix_chunks,
       )
       params = load_params(pretrained, model, mesh)
       with progress.bar("problems", total=len(records)) as advance, path.open("a") as file:

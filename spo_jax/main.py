@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+import time
 
 from absl import flags
 
@@ -15,9 +16,11 @@ from spo_jax import command_line
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
 
+_BEGAN = time.perf_counter()
+
 # Fields that may change when a workdir is used again: none of them changes the result of an
 # iteration.
-MAY_CHANGE = ("iterations", "checkpoint", "topology", "config_file")
+MAY_CHANGE = ("iterations", "checkpoint", "topology", "compilation_cache", "config_file")
 
 _EXPORT = flags.DEFINE_string("export", None, "folder for the trained policy, which must not exist")
 flags.mark_flag_as_required("workdir")
@@ -31,6 +34,7 @@ def train_from_flags() -> None:
   fields = dataclasses.asdict(config) | {"config_file": command_line.config_file()}
   command_line.claim_workdir(workdir, fields, may_change=MAY_CHANGE)
   # Imported after the checks that need no JAX: a misspelt field is reported at once.
+  from spo_jax.infra.compilation import keep_programs
   from spo_jax.infra.progress import Progress
   from spo_jax.models.export import check_export
   from spo_jax.run import make_run
@@ -38,10 +42,12 @@ def train_from_flags() -> None:
 
   if export:
     check_export(export)
+  keep_programs(config.compilation_cache)
   with (
     Progress(config.iterations) as progress,
     contextlib.closing(make_run(config, workdir, progress)) as run,
   ):
+    progress.note(f"ready after {time.perf_counter() - _BEGAN:.1f} s")
     params = train(run)
     if export:
       run.export(params, export)

@@ -23,6 +23,7 @@ from spo_jax.data.tokenizer import load_tokenizer
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, row_shards
 from spo_jax.infra.topology import Topology, open_topology
+from spo_jax.models.attention import check_backend
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.models.families import config_from_hf
 from spo_jax.models.known import KNOWN_MODELS
@@ -99,7 +100,17 @@ def make_plan(
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.devices)
   shards = row_shards(mesh)
   check_mesh(config, shards)
-  setup = programs.Setup(config, planned_decoder(config).on(mesh), mesh)
+  model = planned_decoder(config)
+  check_backend(
+    model.attention,
+    topology.devices[0],
+    dtype=model.dtype,
+    head_dim=model.head_dim,
+    cap=model.attention_cap,
+    group=model.heads // model.kv_heads,
+    packed_blocks=(config.packing.query_block, config.packing.key_block),
+  )
+  setup = programs.Setup(config, model.on(mesh), mesh)
   nothing = report.Plan(setup, topology, layers, [], [])
   if not nothing.state_fits:
     return nothing

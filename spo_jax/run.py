@@ -103,14 +103,21 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
   pretrained = model = None
-  head_dim, cap = config.new_model.head_dim, None
+  shape, cap = config.new_model, None
   if config.model:
     pretrained = find_pretrained(config.model)
     model = pretrained_decoder(pretrained, config.compute)
     check_tensors(pretrained, model)
-    head_dim, cap = model.head_dim, model.attention_cap
-  compute, device = config.compute, mesh.devices.flat[0]
-  check_backend(compute.attention, device, dtype=compute.dtype, head_dim=head_dim, cap=cap)
+    shape, cap = model, model.attention_cap
+  check_backend(
+    config.compute.attention,
+    mesh.devices.flat[0],
+    dtype=config.compute.dtype,
+    head_dim=shape.head_dim,
+    cap=cap,
+    group=shape.heads // shape.kv_heads,
+    packed_blocks=(config.packing.query_block, config.packing.key_block),
+  )
   task = open_task(
     config.data,
     max_prompt_tokens=config.rollout.max_prompt_tokens,
@@ -148,6 +155,7 @@ def make_sampler(
     sampling=sampling,
     slots=rollout.slots,
     refill_share=rollout.refill_share,
+    suffix_chunks=rollout.suffix_chunks,
   )
 
 

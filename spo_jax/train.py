@@ -13,6 +13,7 @@ from spo_jax.data import source
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
 from spo_jax.infra.checkpoints import Checkpoints, Counters
+from spo_jax.infra.compilation import Meter
 from spo_jax.infra.metrics import MetricWriter
 from spo_jax.infra.report import write_report
 from spo_jax.learner import Learner, TrainingSet
@@ -63,9 +64,10 @@ def train(run: Run) -> Any:
       run.progress.note(f"resumed after iteration {counters.iteration}")
     else:
       writer.clear()
-    clock = Clock(counters.elapsed_s)
+    clock, meter = Clock(counters.elapsed_s), Meter()
     if counters.iteration == 0:
-      log(run, writer, counters, clock, evaluate(run, learner.params, held))
+      metrics = evaluate(run, learner.params, held)
+      log(run, writer, counters, clock, metrics | meter.read())
 
     while counters.iteration < config.iterations:
       counters.iteration += 1
@@ -85,7 +87,7 @@ def train(run: Run) -> Any:
         metrics |= evaluate(run, learner.params, held)
       if last or counters.iteration == 1 or counters.iteration % config.eval.every == 0:
         rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
-      log(run, writer, counters, clock, metrics)
+      log(run, writer, counters, clock, metrics | meter.read())
       notices.look(config, counters.iteration, forest, rewards, metrics)
       if last or counters.iteration % config.checkpoint.every == 0:
         record = {

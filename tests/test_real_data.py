@@ -239,7 +239,8 @@ def test_a_grader_that_always_fails_is_told(model, data_dir, tmp_path):
   trained = run_once(config, tmp_path)
   (told,) = [line for line in trained.told if TRAINS_NOTHING in line]
   number = len(trained.texts[0])
-  assert trained.column("train/reward_mean") == [-1.0] * 3
+  finished = trained.column("train/finished")
+  assert finished[0] == 0 and trained.column("train/reward_mean") == [f - 1 for f in finished]
   assert f"all {number} responses have reward -1" in told
   assert f"{number} were cut off at config.rollout.max_response_tokens 8" in told
   assert f"the grader failed on {number}" in told

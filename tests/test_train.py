@@ -82,6 +82,8 @@ def test_tree_writes_what_the_contract_promises(tree_run):
   evaluated = [line["iteration"] for line in lines if "eval/accuracy" in line]
   assert evaluated == [0, 2, 4]
   assert all("eval/accuracy_greedy" in lines[i] for i in evaluated)
+  assert lines[1]["time/programs"] > 0 and lines[1]["time/compile_s"] > 0
+  assert [line["time/programs"] for line in lines[2:]] == [0] * 3, "all is compiled at first"
   for column in ("tokens/sampled", "tokens/trained", "time/elapsed_s"):
     assert np.all(np.diff([line[column] for line in lines]) >= 0)
   assert (workdir / "report.html").exists()

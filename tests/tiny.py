@@ -125,7 +125,9 @@ def take_prompts(prompts: Prompts, index) -> Prompts:
   return Prompts(prompts.tokens[index], prompts.lengths[index], prompts.keys[jnp.asarray(index)])
 
 
-def tiny_sampler(cfg: DecoderConfig, *, mesh=None, slots=64, refill_share=0.25, **sampling):
+def tiny_sampler(
+  cfg: DecoderConfig, *, mesh=None, slots=64, refill_share=0.25, suffix_chunks=2, **sampling
+):
   """The compiled verbs for one device, or for a mesh."""
   return Sampler(
     cfg=cfg,
@@ -134,4 +136,5 @@ def tiny_sampler(cfg: DecoderConfig, *, mesh=None, slots=64, refill_share=0.25, 
     sampling=SamplingConfig(**sampling),
     slots=slots,
     refill_share=refill_share,
+    suffix_chunks=suffix_chunks,
   )

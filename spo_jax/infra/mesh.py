@@ -1,7 +1,8 @@
 """One mesh, and one table from logical axes to mesh axes: shardings are decided here alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,6 +82,38 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 def shard_rows(mesh: Mesh, tree):
   """Puts arrays on the mesh, split over their rows."""
   return jax.device_put(tree, row_sharding(mesh))
+
+
+def keep_rows_split(tree, rows: NamedSharding | None):
+  """Pins the leading axis of arrays to its mesh axes; the compiler may otherwise gather it."""
+  return tree if rows is None else _pin_leading_axis(tree, rows.mesh, *rows.spec)
+
+
+def whole_on_each(tree, rows: NamedSharding | None):
+  """Gathers the leading axis: every device can then take the rows that it needs."""
+  return tree if rows is None else _pin_leading_axis(tree, rows.mesh, None)
+
+
+def _pin_leading_axis(tree, mesh: Mesh, axis):
+  def pin(x):
+    spec = PartitionSpec(axis, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return jax.tree.map(pin, tree)
+
+
+def in_turn(move: Callable[[Any], Any], trees: Sequence[Any]) -> list[Any]:
+  """[move(tree) for tree in trees], one after the other, inside a compiled function.
+
+  Rows move between devices. Left to itself the compiler moves the caches of all layers at once, and
+  holds all of what it gathered.
+  """
+  moved = []
+  for tree in trees:
+    if moved:
+      tree, moved[-1] = jax.lax.optimization_barrier((tree, moved[-1]))
+    moved.append(move(tree))
+  return moved
 
 
 def shard_batch(mesh: Mesh, batch):

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 
 from spo_jax.infra.mesh import gather_weight
 from spo_jax.models.attention import AttentionSpec
-from spo_jax.models.rope import Rope, rotary_tables, rotate
+from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.numerics import soft_cap
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 _EMBEDDING_AXES = ("vocab", "width")
+NORM_SCALE = "scale"  # name of a norm's parameter
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
@@ -68,11 +69,13 @@ class DecoderConfig:
   logit_cap: float | None = None  # soft cap of the logits
   # Weights are gathered where they are used, as `infra.mesh.gather_weight` tells; None: they stay.
   gather: Mesh | None = None
+  mesh: Mesh | None = None  # that attention is split over, for `AttentionSpec`
 
   def on(self, mesh: Mesh) -> "DecoderConfig":
     """This decoder for training and prefill on a mesh: where fsdp splits weights, they are
     gathered."""
-    return dataclasses.replace(self, gather=mesh if mesh.shape["fsdp"] > 1 else None)
+    gather = mesh if mesh.shape["fsdp"] > 1 else None
+    return dataclasses.replace(self, gather=gather, mesh=mesh)
 
   def layer_kind(self, layer: int) -> LayerKind:
     """The kind of a layer."""
@@ -81,7 +84,7 @@ class DecoderConfig:
   def attention_spec(self, kind: LayerKind) -> AttentionSpec:
     """What attention does in layers of a kind."""
     scale = self.head_dim**-0.5 if self.query_scale is None else self.query_scale
-    return AttentionSpec(scale, kind.window, self.attention_cap, self.attention)
+    return AttentionSpec(scale, kind.window, self.attention_cap, self.attention, self.mesh)
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +97,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.cfg
     start = nn.initializers.zeros if c.unit_offset_norms else nn.initializers.ones
-    scale = self.param("scale", nn.with_partitioning(start, (self.axis,)), x.shape[-1:])
+    scale = self.param(NORM_SCALE, nn.with_partitioning(start, (self.axis,)), x.shape[-1:])
     if c.unit_offset_norms:
       scale = 1 + scale
     x = x.astype(jnp.float32)
@@ -191,7 +194,9 @@ class Decoder(nn.Module):
   attend: Attend
 
   @nn.compact
-  def __call__(self, tokens_BxT, positions_BxT, context, caches, read_BxR=None):
+  def __call__(
+    self, tokens_BxT, positions_BxT, context, caches, read_BxR=None, *, longest: int | None = None
+  ):
     """Runs the blocks, the last of them as far as its states are read.
 
     Args:
@@ -202,6 +207,7 @@ class Decoder(nn.Module):
       read_BxR: [B, R] int32, row indices of the states that are wanted; None: all T in order. If
         they are fewer than T, the others are keys and values of the last layer alone, and cost no
         feed-forward there.
+      longest: all positions are below it; None: below T.
 
     Returns:
       (hidden states after the last norm [B, R, D], tuple of the layers' new caches).
@@ -216,7 +222,10 @@ class Decoder(nn.Module):
     if c.embedding_scale != 1:
       x_BxTxD = x_BxTxD * c.embedding_scale
     ropes = dict.fromkeys(kind.rope for kind in c.layer_kinds)  # a set has no fixed order
-    tables = {rope: rotary_tables(rope, positions_BxT, c.head_dim) for rope in ropes}
+    longest = longest or tokens_BxT.shape[1]
+    tables = {
+      rope: take_tables(rotary_tables(rope, longest, c.head_dim), positions_BxT) for rope in ropes
+    }
     few = read_BxR is not None and read_BxR.shape[1] < tokens_BxT.shape[1]
     block = nn.remat(Block) if c.remat else Block
     new_caches = []
@@ -235,12 +244,31 @@ class Decoder(nn.Module):
 
 
 def forward(
-  cfg, attend, params, tokens_BxT, positions_BxT, context=None, caches=None, read_BxR=None
+  cfg,
+  attend,
+  params,
+  tokens_BxT,
+  positions_BxT,
+  context=None,
+  caches=None,
+  read_BxR=None,
+  *,
+  longest=None,
 ):
   """Applies the decoder with the given attention: see `Decoder.__call__`."""
   return Decoder(cfg, attend).apply(
-    {"params": params}, tokens_BxT, positions_BxT, context, caches, read_BxR
+    {"params": params}, tokens_BxT, positions_BxT, context, caches, read_BxR, longest=longest
   )
+
+
+def cast_weights(cfg: DecoderConfig, params):
+  """Parameters whose weights are in the dtype of the activations, for a loop that multiplies them
+  again and again. The scales of norms, which work in float32, stay as they are."""
+
+  def cast(path, leaf):
+    return leaf if path[-1].key == NORM_SCALE else leaf.astype(cfg.dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:

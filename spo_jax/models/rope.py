@@ -6,6 +6,7 @@ is wrong by up to 5e-4.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -87,13 +88,25 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> np.ndarray:
   return np.clip((pair - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
-def rotary_tables(
-  rope: Rope, positions_BxT: jax.Array, head_dim: int
+@functools.lru_cache
+def rotary_tables(rope: Rope, longest: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+  """Cosines and sines of the angles at positions 0, 1, ..., [longest, Dh / 2] float32 each.
+
+  They are constants of a compiled program: a cosine in it would be computed for every head and
+  layer again, and cost more on a CPU than the attention of a short row.
+  """
+  positions_Tx1 = np.arange(longest, dtype=np.float32)[:, None]
+  angles_TxC = positions_Tx1 * frequencies(rope, head_dim)[None]
+  factor = np.float32(rope.attention_factor)
+  return np.cos(angles_TxC) * factor, np.sin(angles_TxC) * factor
+
+
+def take_tables(
+  tables: tuple[np.ndarray, np.ndarray], positions_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the angles at each position, [B, T, 1, Dh / 2] float32 each."""
-  frequency = jnp.asarray(frequencies(rope, head_dim))
-  angle = positions_BxT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-  return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+  """[B, T, 1, Dh / 2] each: the rows of tables at positions; NaN beyond their last."""
+  take = lambda table: jnp.asarray(table).at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
+  return tuple(take(table)[:, :, None] for table in tables)
 
 
 def rotate(x_BxTxHxDh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -101,7 +114,7 @@ def rotate(x_BxTxHxDh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Ar
 
   Args:
     x_BxTxHxDh: [B, T, H, Dh], any float dtype; the turn is done in float32.
-    tables: from `rotary_tables`.
+    tables: from `take_tables`.
 
   Returns:
     Like x.

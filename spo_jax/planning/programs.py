@@ -19,7 +19,7 @@ from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
 from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.run import make_sampler
-from spo_jax.sampling import verbs
+from spo_jax.sampling import decoding, verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
 from spo_jax.training.objective import VALUE_HEAD
 from spo_jax.training.packing import PackConfig, PackedForest
@@ -197,7 +197,9 @@ def sampling_programs(setup: Setup) -> Iterator[Program]:
     yield _decode(setup, sampler, "sampling", "decode", chain)
     yield _extend(setup, sampler, chain)
     trajectories, probes = rollout.prompts * n, rollout.cuts_per_group * rollout.probes
-    probing = _Level(trajectories, probes, prompt + longest, longest, keep_cache=False)
+    probing = _Level(
+      trajectories, probes, prompt + longest, longest, keep_cache=False, any_rows=True
+    )
     yield _decode(setup, sampler, "sampling", "decode probes", probing)
     return
   depth = len(config.branches)
@@ -237,16 +239,20 @@ class _Level:
   prefix: int
   budget: int
   keep_cache: bool
+  any_rows: bool = False  # groups continue any prefixes, not each its own
 
 
 def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
   state = abstract_state(setup)
-  tokens = _prefix(setup, rows, prompt)
+  prompts = (
+    jax.ShapeDtypeStruct((rows, prompt), jnp.int32),
+    jax.ShapeDtypeStruct((rows,), jnp.int32),
+  )
   return Program(
     "prefill",
     phase,
     lambda: jit_prefill.lower(
-      setup.model, row_sharding(setup.mesh), state.params, tokens.tokens, tokens.lengths
+      setup.model, row_sharding(setup.mesh), state.params, *_in_rows(setup, prompts)
     ),
     beside=(state.opt_state, _reference(setup)),
   )
@@ -260,7 +266,11 @@ def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: _Level
     name,
     phase,
     lambda: jit_decode.lower(
-      setup.model, decode_cfg, state.params, prefix, _groups(setup, level.rows, level.n)
+      setup.model,
+      decode_cfg,
+      state.params,
+      prefix,
+      _groups(setup, level.rows, level.n, level.any_rows),
     ),
     beside=(state.opt_state, _reference(setup)),
   )
@@ -268,7 +278,7 @@ def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: _Level
 
 def _extend(setup: Setup, sampler: Sampler, level: _Level, label: str = "") -> Program:
   decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
-  empty = lambda: verbs.empty_segments(setup.model, decode_cfg, level.rows, level.n)
+  empty = lambda: decoding.empty_segments(setup.model, decode_cfg, level.rows, level.n)
   index = jax.ShapeDtypeStruct((level.rows * level.n,), jnp.int32)
   return Program(
     "extend" + label,
@@ -276,7 +286,7 @@ def _extend(setup: Setup, sampler: Sampler, level: _Level, label: str = "") -> P
     lambda: jit_extend.lower(
       row_sharding(setup.mesh),
       _prefix(setup, level.rows, level.prefix),
-      _groups(setup, level.rows, level.n),
+      _groups(setup, level.rows, level.n, level.any_rows),
       *_in_rows(setup, (jax.eval_shape(empty), index)),
     ),
     beside=(abstract_state(setup), _reference(setup)),
@@ -290,21 +300,22 @@ def _reference(setup: Setup):
 def _prefix(setup: Setup, rows: int, tokens: int) -> verbs.Prefix:
   """Prefixes with their caches, split by rows alone."""
   model = setup.model
-  cache = jax.ShapeDtypeStruct((rows, model.kv_heads, tokens, model.head_dim), model.dtype)
+  keys = jax.ShapeDtypeStruct((rows, model.kv_heads, model.head_dim, tokens), model.dtype)
+  values = jax.ShapeDtypeStruct((rows, model.kv_heads, tokens, model.head_dim), model.dtype)
   prefix = verbs.Prefix(
-    tokens=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-    lengths=jax.ShapeDtypeStruct((rows,), jnp.int32),
-    cache=((cache, cache),) * model.layers,
+    positions=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+    cache=((keys, values),) * model.layers,
   )
   return _in_rows(setup, prefix)
 
 
-def _groups(setup: Setup, rows: int, n: int) -> verbs.Groups:
+def _groups(setup: Setup, rows: int, n: int, any_rows: bool) -> verbs.Groups:
   key = jax.eval_shape(lambda: jax.random.key(0)).dtype
   groups = verbs.Groups(
-    row=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    row=jax.ShapeDtypeStruct((rows,), jnp.int32) if any_rows else None,
     starts=jax.ShapeDtypeStruct((rows, n), jnp.int32),
     limits=jax.ShapeDtypeStruct((rows, n), jnp.int32),
+    fed=jax.ShapeDtypeStruct((rows, n), jnp.int32),
     keys=jax.ShapeDtypeStruct((rows, n), key),
   )
   return _in_rows(setup, groups)

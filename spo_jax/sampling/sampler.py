@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from spo_jax.errors import UserError
-from spo_jax.infra.mesh import row_sharding, row_shards, shard_rows
+from spo_jax.infra.mesh import keep_rows_split, row_sharding, row_shards, shard_rows
 from spo_jax.models.decoder import DecoderConfig
-from spo_jax.sampling import verbs
+from spo_jax.sampling import decoding, verbs
 from spo_jax.sampling.token import SamplingConfig
 
 
@@ -23,6 +23,7 @@ class Sampler:
   sampling: SamplingConfig
   slots: int  # most groups decoded at a time
   refill_share: float
+  suffix_chunks: int
 
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
@@ -32,7 +33,7 @@ class Sampler:
   def decode(
     self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
   ) -> verbs.Segments:
-    """See `verbs.decode`.
+    """See `decoding.decode`.
 
     Raises:
       ValueError: if a group asks for more than `max_new_tokens`, or begins before its prefix.
@@ -40,7 +41,7 @@ class Sampler:
     """
     if np.max(groups.limits) > max_new_tokens or np.min(groups.starts) < 1:
       raise ValueError("limits must be at most max_new_tokens, and starts at least 1")
-    if self.slots < len(groups.row) and self.slots % row_shards(self.mesh):
+    if self.slots < len(groups.starts) and self.slots % row_shards(self.mesh):
       raise UserError(
         f"config.rollout.slots {self.slots} must be a multiple of {row_shards(self.mesh)}, "
         "the data x fsdp axes of the mesh"
@@ -48,12 +49,13 @@ class Sampler:
     decode_cfg = self.decode_config(max_new_tokens, keep_cache)
     return jit_decode(self.cfg, decode_cfg, params, prefix, shard_rows(self.mesh, groups))
 
-  def decode_config(self, max_new_tokens: int, keep_cache: bool) -> verbs.DecodeConfig:
-    """Static arguments of `verbs.decode`."""
-    return verbs.DecodeConfig(
+  def decode_config(self, max_new_tokens: int, keep_cache: bool) -> decoding.DecodeConfig:
+    """Static arguments of `decoding.decode`."""
+    return decoding.DecodeConfig(
       max_new_tokens=max_new_tokens,
       slots=self.slots,
       refill_share=self.refill_share,
+      suffix_chunks=self.suffix_chunks,
       stop_ids=self.stop_ids,
       sampling=self.sampling,
       keep_cache=keep_cache,
@@ -70,10 +72,10 @@ class Sampler:
 def jit_prefill(cfg, rows, params, tokens_RxP, lengths_R):
   """`verbs.prefill`, compiled; prefixes are split by rows."""
   # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
-  return verbs.keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R), rows)
+  return keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R), rows)
 
 
-jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(verbs.decode)
+jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(decoding.decode)
 
 
 @functools.partial(jax.jit, static_argnums=0)

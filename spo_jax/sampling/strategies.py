@@ -36,14 +36,17 @@ def grow_tree(
   builder = ForestBuilder()
   nodes = builder.add_roots(prompts.tokens, prompts.lengths)
   prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
-  row, starts, keys = np.arange(len(nodes), dtype=np.int32), prompts.lengths, prompts.keys
+  grows = np.ones(len(nodes), bool)
+  starts, fed, keys = prompts.lengths, _last_tokens(prompts.tokens, prompts.lengths), prompts.keys
   for level, (n, budget) in enumerate(zip(branches, budgets, strict=True)):
     last = level == len(branches) - 1
-    keys = child_keys(keys, np.broadcast_to(np.arange(n), (len(row), n)))
+    keys = child_keys(keys, np.broadcast_to(np.arange(n), (len(grows), n)))
+    spread = lambda x: np.repeat(x[:, None], n, axis=1).astype(np.int32)  # noqa: B023
     groups = verbs.Groups(
-      row=row,
-      starts=np.repeat(starts[:, None], n, axis=1).astype(np.int32),
-      limits=np.where(row[:, None] >= 0, np.full((1, n), budget), 0).astype(np.int32),
+      row=None,
+      starts=spread(starts),
+      limits=spread(np.where(grows, budget, 0)),
+      fed=spread(fed),
       keys=draw_keys(keys),
     )
     segments = sampler.decode(params, prefix, groups, max_new_tokens=budget, keep_cache=not last)
@@ -60,8 +63,9 @@ def grow_tree(
     index[: len(survives)] = survives
     prefix = sampler.extend(prefix, groups, segments, index)
     del segments  # their cache is in the prefixes now
-    starts = np.where(index >= 0, (groups.starts + host.lengths).reshape(-1)[index], 1)
-    row = np.where(index >= 0, np.arange(len(index)), verbs.NO_GROUP).astype(np.int32)
+    grows = index != verbs.NO_GROUP
+    starts = np.where(grows, (groups.starts + host.lengths).reshape(-1)[index], 1)
+    fed = np.where(grows, _last_tokens(host.tokens, host.lengths).reshape(-1)[index], 0)
     nodes, keys = children.reshape(-1)[index], keys.reshape(-1)[index]
   return builder.build()
 
@@ -104,10 +108,12 @@ def grow_chain(
   prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
   shape = (len(roots), samples)
   keys = child_keys(prompts.keys, np.broadcast_to(np.arange(samples), shape))
+  last_of_prompt = _last_tokens(prompts.tokens, prompts.lengths)
   groups = verbs.Groups(
-    row=np.arange(len(roots), dtype=np.int32),
+    row=None,
     starts=np.repeat(prompts.lengths[:, None], samples, axis=1).astype(np.int32),
     limits=np.full(shape, max_new_tokens, np.int32),
+    fed=np.repeat(last_of_prompt[:, None], samples, axis=1).astype(np.int32),
     keys=draw_keys(keys),
   )
   segments = sampler.decode(params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=True)
@@ -139,6 +145,13 @@ def grow_chain(
       row=row,
       starts=spread(prompts.lengths[trajectory // samples][:, None] + position),
       limits=np.where(wanted, max_new_tokens - spread(position), 0).astype(np.int32),
+      fed=spread(
+        np.where(
+          position > 0,
+          tokens[trajectory[:, None], position - 1],
+          last_of_prompt[trajectory // samples][:, None],
+        )
+      ),
       keys=draw_keys(probe_keys.reshape(wanted.shape)),
     )
     host = jax.device_get(
@@ -147,6 +160,12 @@ def grow_chain(
     parents = spread(before_cut[trajectory[:, None], position])
     _add_segments(builder, parents[wanted], host, wanted, probe=True)
   return builder.build()
+
+
+def _last_tokens(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """[...] the last of each of the right-padded sequences [..., T]; of an empty one, any."""
+  last = np.maximum(lengths - 1, 0)[..., None]
+  return np.take_along_axis(tokens, last, axis=-1)[..., 0]
 
 
 def _add_segments(builder, parents, host: verbs.Segments, wanted, *, probe=False) -> np.ndarray:

@@ -1,10 +1,17 @@
-"""Drawing one token: the only place where a distribution becomes a sample."""
+"""Drawing one token: the only place where a distribution becomes a sample.
+
+Nothing is sorted and no cumulative sum runs over the vocabulary: what a draw costs is a few passes
+over the logits. Axis letters: B rows, V vocabulary, J blocks of L tokens.
+"""
 
 import dataclasses
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+
+LEAST_LANES, MOST_LANES = 32, 256  # bounds of L
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,61 +22,165 @@ class SamplingConfig:
   top_k: int = 0  # 0 keeps all
   top_p: float = 1.0  # 1 keeps all
 
+  @property
+  def truncates(self) -> bool:
+    """Whether some tokens may be left out."""
+    return self.top_k > 0 or self.top_p < 1
+
 
 def token_distribution(logits_BxV: jax.Array, temperature: float) -> jax.Array:
   """log softmax(logits / temperature), float32: the log-probs that sampler and loss share."""
   return jax.nn.log_softmax(logits_BxV.astype(jnp.float32) / (temperature or 1.0), axis=-1)
 
 
-def kept_tokens(logprobs_BxV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-  """Tokens that truncation leaves: the `top_k` likeliest, then the fewest that reach mass `top_p`.
-
-  Ties are broken towards the smaller token id. The likeliest token is always kept.
-
-  Args:
-    logprobs_BxV: [B, V] float32.
-    top_k: 0 keeps all.
-    top_p: in (0, 1]; 1 keeps all. The mass is that of the tokens left by `top_k`.
-
-  Returns:
-    [B, V] bool.
-  """
-  order_BxV = jnp.argsort(-logprobs_BxV, axis=-1, stable=True)
-  rank_BxV = jnp.argsort(order_BxV, axis=-1)
-  sorted_BxV = jnp.exp(jnp.take_along_axis(logprobs_BxV, order_BxV, axis=-1))
-  if top_k:
-    sorted_BxV = jnp.where(jnp.arange(sorted_BxV.shape[-1])[None] < top_k, sorted_BxV, 0.0)
-  before_BxV = jnp.cumsum(sorted_BxV, axis=-1) - sorted_BxV
-  kept_BxV = (before_BxV < top_p * sorted_BxV.sum(-1, keepdims=True)) & (sorted_BxV > 0)
-  return jnp.take_along_axis(kept_BxV.at[:, 0].set(True), rank_BxV, axis=-1)
-
-
 def sample_token(
   keys_B: jax.Array, logits_BxV: jax.Array, sampling: SamplingConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws a token a row by inverting the CDF at one uniform number, not by V Gumbel numbers.
+  """Draws a token a row by inverting the CDF at two uniform numbers, not by V Gumbel numbers.
 
   Args:
     keys_B: [B] typed PRNG keys; a row's draw depends on its own key alone.
     logits_BxV: [B, V].
-    sampling: temperature, top-k and top-p, applied in this order.
+    sampling: temperature, top-k and top-p, applied in this order. Truncation keeps the `top_k`
+      likeliest tokens, and of these the fewest that reach `top_p` of their mass, at least one; of
+      equally likely tokens the smaller id comes first.
 
   Returns:
     (tokens [B] int32, log-probs [B] float32). The log-prob is under `token_distribution`, before
     truncation by top-k and top-p: that is the distribution that the loss uses.
   """
   chex.assert_rank([keys_B, logits_BxV], [1, 2])
-  logprobs_BxV = token_distribution(logits_BxV, sampling.temperature)
+  scaled_BxV = logits_BxV.astype(jnp.float32) / (sampling.temperature or 1.0)
+  blocks = _Blocks.of(scaled_BxV)
+  # What follows reads the masses of the blocks, not those of the tokens again.
+  mass_BxJ = jax.lax.optimization_barrier(blocks.mass())
+  whole_B = mass_BxJ.sum(-1)
   if sampling.temperature == 0:
-    tokens_B = jnp.argmax(logprobs_BxV, axis=-1).astype(jnp.int32)
+    tokens_B = blocks.likeliest()
+  elif sampling.truncates:
+    tokens_B = _draw_truncated(keys_B, blocks, mass_BxJ, sampling)
   else:
-    mass_BxV = jnp.exp(logprobs_BxV)
-    if sampling.top_k or sampling.top_p < 1:
-      kept_BxV = kept_tokens(logprobs_BxV, top_k=sampling.top_k, top_p=sampling.top_p)
-      mass_BxV = jnp.where(kept_BxV, mass_BxV, 0.0)
-    # The sum is rounded in blocks, so not quite flat over tokens without mass: leave them out.
-    cdf_BxV = jnp.where(mass_BxV > 0, jnp.cumsum(mass_BxV, axis=-1), 0.0)
-    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    above_BxV = cdf_BxV > uniform_B[:, None] * cdf_BxV.max(-1, keepdims=True)
-    tokens_B = jnp.argmax(above_BxV, axis=-1).astype(jnp.int32)
-  return tokens_B, jnp.take_along_axis(logprobs_BxV, tokens_B[:, None], axis=-1)[:, 0]
+    tokens_B = blocks.draw(keys_B, mass_BxJ)
+  scaled_B = jnp.take_along_axis(scaled_BxV, tokens_B[:, None], axis=-1)[:, 0]
+  return tokens_B, scaled_B - blocks.peak_B - jnp.log(whole_B)
+
+
+class _Blocks(NamedTuple):
+  """Rows of logits in J blocks of L: the inverse of a CDF finds a block, then a token in it."""
+
+  scaled_BxJxL: jax.Array  # float32, -inf behind the vocabulary
+  peak_B: jax.Array
+
+  @classmethod
+  def of(cls, scaled_BxV: jax.Array) -> "_Blocks":
+    B, V = scaled_BxV.shape
+    # A width that divides the vocabulary spares a copy of the logits with padding.
+    exact = (width for width in range(MOST_LANES, LEAST_LANES - 1, -1) if V % width == 0)
+    L = min(V, next(exact, MOST_LANES))
+    padded = jnp.pad(scaled_BxV, ((0, 0), (0, -V % L)), constant_values=-jnp.inf)
+    return cls(padded.reshape(B, -1, L), scaled_BxV.max(-1))
+
+  def ids(self) -> jax.Array:
+    """[1, J, L] int32."""
+    _, J, L = self.scaled_BxJxL.shape
+    return jnp.arange(J * L, dtype=jnp.int32).reshape(1, J, L)
+
+  def mass(self, kept: jax.Array | bool = True) -> jax.Array:
+    """[B, J] unnormalised mass of the kept tokens."""
+    mass = jnp.exp(self.scaled_BxJxL - self.peak_B[:, None, None])
+    return jnp.where(kept, mass, 0).sum(-1)
+
+  def block(self, block_B: jax.Array) -> jax.Array:
+    """[B, L] logits of one block a row."""
+    return jnp.take_along_axis(self.scaled_BxJxL, block_B[:, None, None], axis=1)[:, 0]
+
+  def draw(
+    self, keys_B: jax.Array, mass_BxJ: jax.Array, kept_in_block: "_Below | None" = None
+  ) -> jax.Array:
+    """[B] tokens, from the kept ones, whose blocks have these masses."""
+    uniform_Bx2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    block_B = _invert(mass_BxJ, uniform_Bx2[:, 0])
+    scaled_BxL = self.block(block_B)
+    L = scaled_BxL.shape[-1]
+    mass_BxL = jnp.exp(scaled_BxL - self.peak_B[:, None])
+    if kept_in_block is not None:
+      ids_BxL = block_B[:, None] * L + jnp.arange(L)[None]
+      mass_BxL = jnp.where(kept_in_block.holds(scaled_BxL, ids_BxL), mass_BxL, 0)
+    return block_B * L + _invert(mass_BxL, uniform_Bx2[:, 1])
+
+  def likeliest(self) -> jax.Array:
+    """[B] tokens."""
+    block_B = jnp.argmax(self.scaled_BxJxL.max(-1), axis=-1).astype(jnp.int32)
+    inside_B = jnp.argmax(self.block(block_B), axis=-1).astype(jnp.int32)
+    return block_B * self.scaled_BxJxL.shape[-1] + inside_B
+
+
+def _invert(mass_BxN: jax.Array, uniform_B: jax.Array) -> jax.Array:
+  """[B] int32: the first of N whose cumulative mass exceeds a uniform share of the whole.
+
+  What has no mass is never chosen: the sum is rounded, so not quite flat there.
+  """
+  cdf_BxN = jnp.where(mass_BxN > 0, jnp.cumsum(mass_BxN, axis=-1), 0)
+  above_BxN = cdf_BxN > uniform_B[:, None] * cdf_BxN.max(-1, keepdims=True)
+  return jnp.argmax(above_BxN, axis=-1).astype(jnp.int32)
+
+
+class _Below(NamedTuple):
+  """Tokens that come before another in the order of truncation: likelier, or as likely and
+  smaller."""
+
+  scaled_B: jax.Array
+  token_B: jax.Array
+
+  def holds(self, scaled: jax.Array, ids: jax.Array) -> jax.Array:
+    """Whether tokens [B, ...] do."""
+    widen = lambda x: x.reshape(-1, *[1] * (scaled.ndim - 1))
+    limit = widen(self.scaled_B)
+    return (scaled > limit) | ((scaled == limit) & (ids < widen(self.token_B)))
+
+
+def _draw_truncated(
+  keys_B: jax.Array, blocks: _Blocks, mass_BxJ: jax.Array, sampling: SamplingConfig
+) -> jax.Array:
+  """[B] tokens from the truncated distribution, by rejection.
+
+  Tokens stand in order of their mass. One is drawn from all; if it is kept by the truncation, that
+  is the draw. If not, neither is any behind it: the next is drawn from those before it. Each try
+  leaves out half of the surplus in the mean, so a few passes over the logits do what sorting would.
+  """
+  whole_B = mass_BxJ.sum(-1)
+  if sampling.top_k:
+    ranked = jax.lax.top_k(
+      blocks.scaled_BxJxL.reshape(len(keys_B), -1),
+      min(sampling.top_k, blocks.scaled_BxJxL[0].size),
+    )[0]
+    whole_B = jnp.exp(ranked - blocks.peak_B[:, None]).sum(-1)
+
+  class Try(NamedTuple):
+    below: _Below  # those that are left
+    mass_BxJ: jax.Array  # of them
+    accepted_B: jax.Array
+    count: jax.Array
+
+  def attempt(last: Try) -> Try:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, last.count)
+    token_B = jnp.where(
+      last.accepted_B, last.below.token_B, blocks.draw(keys, last.mass_BxJ, last.below)
+    )
+    scaled_B = jnp.take_along_axis(
+      blocks.scaled_BxJxL.reshape(len(keys), -1), token_B[:, None], axis=-1
+    )[:, 0]
+    below = _Below(scaled_B, token_B)
+    before_BxJxL = below.holds(blocks.scaled_BxJxL, blocks.ids())
+    before_BxJ = blocks.mass(before_BxJxL)
+    # Not `<`: a row of NaN, as continuations that are done may have, must not go on forever.
+    accepted_B = ~(before_BxJ.sum(-1) >= sampling.top_p * whole_B)
+    if sampling.top_k:
+      accepted_B &= before_BxJxL.sum((-2, -1)) < sampling.top_k
+    return Try(below, before_BxJ, accepted_B, last.count + 1)
+
+  rows = jnp.zeros_like(whole_B)
+  start = Try(
+    _Below(rows - jnp.inf, rows.astype(jnp.int32)), mass_BxJ, rows > 0, jnp.zeros((), jnp.int32)
+  )
+  return jax.lax.while_loop(lambda tried: ~tried.accepted_B.all(), attempt, start).below.token_B

@@ -64,7 +64,7 @@ def test_rloo_is_the_gradient_of_the_expected_reward(measured, exact):
   found = measured["RLOO"]
   ascent = -LONGEST * found.pooled(1).astype(np.float64)  # the loss is divided by it
   along = ascent @ exact / (exact @ exact)
-  assert abs(along.mean() - 1) < 3 * along.std() / np.sqrt(BATCHES) < 0.1
+  assert abs(along.mean() - 1) < 3 * along.std() / np.sqrt(BATCHES) < 0.15
   cosine = ascent.mean(0) @ exact / np.linalg.norm(ascent.mean(0)) / np.linalg.norm(exact)
   assert cosine > 0.98
 
@@ -84,7 +84,7 @@ def test_rloo_is_the_gradient_of_the_expected_reward(measured, exact):
 def test_mean_cosine_tells_the_unbiased_from_the_biased(measured, exact, name, unbiased):
   truth = -np.tile(exact, (4, 1)).astype(np.float32)
   cosine = mean_cosine(measured[name].pooled(1), truth)
-  assert cosine.error < 0.05
+  assert cosine.error < 0.07
   assert (abs(cosine.value - 1) < 3 * cosine.error) == unbiased, cosine
 
 

@@ -8,6 +8,7 @@ import pytest
 from spo_jax.models.attention import (
   AttentionSpec,
   DecodeContext,
+  LayerCache,
   attend_decode,
   blocks,
   flash,
@@ -155,38 +156,60 @@ def test_fully_masked_queries_are_finite(qkv, attention):
 
 
 @pytest.mark.parametrize("spec", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
-def test_attend_decode_is_dense_attention_over_prefix_and_suffix(spec):
-  """For every rotation of the ring; a group that does not write keeps its suffix."""
+@pytest.mark.parametrize("sizes", [(6,), (4, 2)], ids=["ring", "chunks"])
+def test_attend_decode_is_dense_attention_over_prefix_and_suffix(spec, sizes):
+  """The prefix's slots lie in any order, some empty; a ring is in every rotation.
+
+  A group that does not write keeps its suffix.
+  """
   rng = np.random.default_rng(2)
-  R, n, P, S = 4, 3, 5, 4
+  R, n, P, S = 4, 3, 7, sum(sizes)
+  B = R * n
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  q, k, v = draw(R * n, 1, H, DH), draw(R * n, 1, K, DH), draw(R * n, 1, K, DH)
-  cache = draw(R, K, P, DH), draw(R, K, P, DH), draw(R, n, K, S, DH), draw(R, n, K, S, DH)
-  prefix_k, prefix_v = (np.swapaxes(x, 1, 2) for x in cache[:2])
-  visible = rng.integers(0, P + 1, (R, n)).astype(np.int32)
+  q, k, v = draw(B, 1, H, DH), draw(B, 1, K, DH), draw(B, 1, K, DH)
+  prefix = draw(R, K, DH, P), draw(R, K, P, DH)
+  suffix = draw(B, K, DH, S), draw(B, K, S, DH)
+  order = rng.permuted(np.tile(np.arange(P), (R, 1)), axis=1)
+  prefix_positions = np.where(order < 5, order, np.iinfo(np.int32).max).astype(np.int32)
+  visible = rng.integers(0, 6, (R, n)).astype(np.int32)
   visible[0, 0] = 0
-  writes = np.array([True, True, True, False])
+  writes = np.array([True, True, True, False]) if len(sizes) == 1 else None
   step = jax.jit(attend_decode, static_argnames="spec")
   dense = jax.jit(jax.vmap(functools.partial(dense_attention, scale=spec.scale, cap=spec.cap)))
-  for slot in range(S):
-    rings = [[(slot - age) % S for age in range(tokens)] for tokens in range(1, R + 1)]
-    suffix_mask = np.array([np.isin(np.arange(S), ring) for ring in rings])
-    context = DecodeContext(visible, suffix_mask, jnp.int32(slot), writes)
-    # A group of `tokens` suffix tokens: the fed one is `tokens - 1` after the visible prefix.
-    positions = visible + np.arange(R, dtype=np.int32)[:, None]
-    mixed, suffix = step(q, k, v, positions.reshape(-1, 1), context, cache, spec=spec)
-    joined = []
-    for new, old, prefix, token in zip(suffix, cache[2:], cache[:2], (k, v), strict=True):
-      want = old.copy()
-      want[:3, :, :, slot] = token.reshape(R, n, K, DH)[:3]
-      np.testing.assert_array_equal(new, want)
-      prefix = np.broadcast_to(prefix[:, None], (R, n, K, P, DH))
-      both = np.concatenate([prefix, want], axis=3).reshape(R * n, K, P + S, DH)
-      joined.append(both.swapaxes(1, 2))
-    sees_prefix = np.arange(P) < visible.reshape(-1, 1)
-    mask = np.concatenate([sees_prefix, np.repeat(suffix_mask, n, axis=0)], axis=1)[:, None]
+  edges = np.cumsum((0, *sizes))
+  for slot in range(S) if len(sizes) == 1 else range(edges[-2], S):
+    age_S = ((slot - np.arange(S)) % S).astype(np.int32)
+    steps = np.arange(R, dtype=np.int32) + (edges[-2] if len(sizes) > 1 else 0)
+    spans = [slice(*edges[i : i + 2]) for i in range(len(sizes))]
+    *full, last = [(suffix[0][..., span], suffix[1][:, :, span]) for span in spans]
+    context = DecodeContext(
+      visible,
+      prefix_positions,
+      tuple(age_S[span] for span in spans),
+      steps,
+      jnp.int32(slot - edges[-2]),
+      writes,
+    )
+    positions = visible + steps[:, None]
+    cache = LayerCache(prefix, tuple(full), last)
+    mixed, last = step(q, k, v, positions.reshape(-1, 1), context, cache, spec=spec)
+
+    want_k, want_v = (x.copy() for x in suffix)
+    written = np.repeat(np.ones(R, bool) if writes is None else writes, n)
+    want_k[written, :, :, slot] = k[written, 0]
+    want_v[written, :, slot] = v[written, 0]
+    np.testing.assert_array_equal(last[0], want_k[..., spans[-1]])
+    np.testing.assert_array_equal(last[1], want_v[:, :, spans[-1]])
+    by_token = lambda x, y: np.concatenate([np.repeat(x, n, axis=0), y], axis=1)
+    keys = by_token(prefix[0].transpose(0, 3, 1, 2), want_k.transpose(0, 3, 1, 2))
+    values = by_token(prefix[1].swapaxes(1, 2), want_v.swapaxes(1, 2))
+    at_prefix = np.repeat(prefix_positions, n, axis=0).astype(np.int64)
+    back = positions.reshape(-1, 1) - at_prefix
+    sees_prefix = at_prefix < visible.reshape(-1, 1)
+    sees_suffix = np.repeat(age_S <= steps[:, None], n, axis=0)
+    mask = np.concatenate([sees_prefix, sees_suffix], axis=1)
     if spec.window is not None:
-      age = np.broadcast_to((slot - np.arange(S)) % S, (R * n, S))
-      distance = [positions.reshape(-1, 1) - np.arange(P), age]
-      mask = mask & (np.concatenate(distance, axis=1) < spec.window)[:, None]
-    np.testing.assert_allclose(mixed, dense(q, *joined, mask), rtol=1e-5, atol=2e-6)
+      distance = np.concatenate([back, np.broadcast_to(age_S, (B, S))], axis=1)
+      mask &= distance < spec.window
+    want = dense(q, keys, values, mask[:, None])
+    np.testing.assert_allclose(mixed, want, rtol=1e-5, atol=2e-6)

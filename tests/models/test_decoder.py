@@ -9,7 +9,7 @@ from flax import linen as nn
 from spo_jax.infra.mesh import PARAM_RULES
 from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
 from spo_jax.models.decoder import count_params, forward, init_params, unembedding
-from spo_jax.models.rope import Rope, rotary_tables, rotate
+from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.training.key_blocks import visible_blocks
 from tests.models.test_attention import ancestors, random_row
 from tests.tiny import VOCAB, tiny_config, tiny_params
@@ -19,8 +19,9 @@ T = 16
 
 def run(cfg, params, tokens, positions=None):
   positions = np.arange(T)[None] if positions is None else positions
-  forward_ = jax.jit(forward, static_argnums=(0, 1))
-  return forward_(cfg, attend_prefill, params, tokens, np.broadcast_to(positions, tokens.shape))[0]
+  positions = np.broadcast_to(positions, tokens.shape)
+  forward_ = jax.jit(forward, static_argnums=(0, 1), static_argnames="longest")
+  return forward_(cfg, attend_prefill, params, tokens, positions, longest=3 * T)[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,8 @@ def test_bfloat16_is_of_activations_only(tokens):
 
 def test_rotary_positions_are_relative(tokens):
   q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
-  at = lambda x, position: rotate(x, rotary_tables(Rope(100.0), np.full((1, 1), position), 8))
+  tables = rotary_tables(Rope(100.0), 30, 8)
+  at = lambda x, position: rotate(x, take_tables(tables, np.full((1, 1), position)))
   product = lambda i, j: np.sum(at(q, i) * at(k, j))
   np.testing.assert_allclose(product(9, 4), product(25, 20), rtol=1e-4)
   np.testing.assert_allclose(product(5, 0), np.sum(at(q, 5) * k), rtol=1e-5)

@@ -11,12 +11,18 @@ import torch
 import transformers
 
 from spo_jax.infra.mesh import make_mesh
-from spo_jax.models.attention import DecodeContext, PackedContext, attend_decode, attend_packed
+from spo_jax.models.attention import (
+  DecodeContext,
+  LayerCache,
+  PackedContext,
+  attend_decode,
+  attend_packed,
+)
 from spo_jax.models.decoder import forward, token_logits
 from spo_jax.models.export import export_model
 from spo_jax.models.families import config_from_hf, hf_shape, parameter_table, to_hf
 from spo_jax.models.pretrained import find_pretrained, load_params
-from spo_jax.sampling import verbs
+from spo_jax.sampling import decoding, verbs
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.training.key_blocks import visible_blocks
 from spo_jax.training.packing import PackedForest
@@ -69,24 +75,28 @@ def rows(spans):
 def decode_logits(cfg, params, tokens, lengths, fed):
   """Logits [S, R, N, V] of given continuations `fed` [S, R, N], a step a token, in a ring."""
   prefix = verbs.prefill(cfg, params, tokens, lengths)
-  shape = (R, N, cfg.kv_heads, S, cfg.head_dim)
-  empty = tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(cfg.layers))
+  shape = (R * N, cfg.kv_heads)
+  pair = jnp.zeros((*shape, cfg.head_dim, S)), jnp.zeros((*shape, S, cfg.head_dim))
+  empty = (pair,) * cfg.layers
   starts = jnp.broadcast_to(lengths[:, None], (R, N))
 
   def step(suffixes, inputs):
     tokens, time = inputs
     slot = (time + 3) % S
-    age = (slot - jnp.arange(S)) % S
     context = DecodeContext(
       visible=starts - 1,
-      suffix_mask=jnp.broadcast_to((age <= time)[None], (R, S)),
+      prefix_positions=prefix.positions,
+      ages=((slot - jnp.arange(S)) % S,),
+      steps=jnp.broadcast_to(time, (R,)),
       slot=slot,
-      writes=jnp.ones((R,), bool),
     )
-    caches = tuple(p + s for p, s in zip(prefix.cache, suffixes, strict=True))
+    caches = tuple(LayerCache(p, (), s) for p, s in zip(prefix.cache, suffixes, strict=True))
     positions = (starts - 1 + time).reshape(-1, 1)
     tokens = tokens.reshape(-1, 1)
-    hidden, suffixes = forward(cfg, attend_decode, params, tokens, positions, context, caches)
+    longest = prefix.positions.shape[1] + S
+    hidden, suffixes = forward(
+      cfg, attend_decode, params, tokens, positions, context, caches, longest=longest
+    )
     return suffixes, token_logits(cfg, params, hidden[:, 0]).reshape(R, N, -1)
 
   return jax.lax.scan(step, empty, (fed, jnp.arange(S)))[1]
@@ -189,12 +199,14 @@ def test_sampled_logprobs_are_the_trained_ones():
     row=np.zeros(1, np.int32),
     starts=lengths[:, None],
     limits=np.full((1, 1), S, np.int32),
+    fed=tokens[:, -1:],
     keys=jax.random.split(jax.random.key(0), (1, 1)),
   )
-  decode_cfg = verbs.DecodeConfig(
+  decode_cfg = decoding.DecodeConfig(
     max_new_tokens=S,
     slots=1,
     refill_share=1.0,
+    suffix_chunks=2,
     stop_ids=(-1,),
     sampling=SamplingConfig(temperature=0),
     keep_cache=False,
@@ -202,7 +214,7 @@ def test_sampled_logprobs_are_the_trained_ones():
 
   @jax.jit
   def sample(params, tokens, groups):
-    return verbs.decode(
+    return decoding.decode(
       cfg, decode_cfg, params, verbs.prefill(cfg, params, tokens, jnp.asarray(lengths)), groups
     )
 

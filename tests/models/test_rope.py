@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from spo_jax.models.attention import attend_prefill
 from spo_jax.models.decoder import forward, token_logits
 from spo_jax.models.hf_rope import GLOBAL, read_ropes
-from spo_jax.models.rope import Rope, frequencies, rotary_tables
+from spo_jax.models.rope import Rope, frequencies, rotary_tables, take_tables
 from tests.models import hf_models
 from tests.models.hf_models import VOCAB, hf_logits
 
@@ -40,11 +40,10 @@ def test_tables_are_those_of_transformers_up_to_8k(name, head_dim):
   rope = read_ropes(fields, KINDS, local_theta=False)[GLOBAL]
   np.testing.assert_array_max_ulp(frequencies(rope, head_dim), theirs.inv_freq.numpy(), maxulp=3)
 
-  positions = np.arange(0, LONGEST, 61)[None]
-  want = theirs(torch.zeros(()), torch.tensor(positions))
-  got = rotary_tables(rope, positions.astype(np.int32), head_dim)
+  want = theirs(torch.zeros(()), torch.arange(LONGEST)[None])
+  got = rotary_tables(rope, LONGEST, head_dim)
   for ours, table in zip(got, want, strict=True):
-    np.testing.assert_allclose(ours[0, :, 0], table[0, :, : head_dim // 2], atol=1e-3)
+    np.testing.assert_allclose(ours, table[0, :, : head_dim // 2], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["default", "linear", "llama3", "yarn"])
@@ -54,12 +53,17 @@ def test_logits_at_8k_positions_are_those_of_transformers(name):
   model, cfg, params = hf_models.both("llama", fields | {"max_position_embeddings": LONGEST})
   tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 12)).astype(np.int32)
   positions = np.stack([np.arange(12) * 743, LONGEST - 12 + np.arange(12)]).astype(np.int32)
-  hidden, _ = jax.jit(forward, static_argnums=(0, 1))(
-    cfg, attend_prefill, params, tokens, positions
-  )
+  run = jax.jit(forward, static_argnums=(0, 1), static_argnames="longest")
+  hidden, _ = run(cfg, attend_prefill, params, tokens, positions, longest=LONGEST)
   want = hf_logits(model, tokens, positions=positions)
   gap = np.abs(token_logits(cfg, params, hidden) - want).max() / np.abs(want).max()
   assert gap < 1e-4, gap
+
+
+def test_a_position_beyond_the_tables_is_not_a_number():
+  cos, sin = take_tables(rotary_tables(Rope(100.0), 4, 8), np.array([[3, 4]]))
+  assert np.isfinite(cos[0, 0]).all() and np.isfinite(sin[0, 0]).all()
+  assert np.isnan(cos[0, 1]).all() and np.isnan(sin[0, 1]).all()
 
 
 def test_scalings_differ():

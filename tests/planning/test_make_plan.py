@@ -84,6 +84,13 @@ def test_a_batch_that_the_machine_cannot_divide_is_refused(monkeypatch):
     plan.make_plan(config, open_topology("cpu:8", 1.0), (), True, pytest.fail)
 
 
+def test_attention_that_the_machine_cannot_compute_is_refused(monkeypatch):
+  model = dataclasses.replace(MODEL, attention="pallas")
+  monkeypatch.setattr(plan, "planned_decoder", lambda config: model)
+  with pytest.raises(UserError, match="attention 'pallas' needs a TPU, the device is a cpu"):
+    plan.make_plan(CONFIG, open_topology("cpu:8", 1.0), (), True, pytest.fail)
+
+
 def test_as_many_groups_are_decoded_as_the_last_level_has_parents():
   groups = lambda **rollout: plan.decoded_groups(changed(rollout=rollout))
   assert groups(branches=(2, 3, 4), segment_tokens=(2, 2)) == 8 * 2 * 3

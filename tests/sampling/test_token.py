@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.sampling.token import SamplingConfig, kept_tokens, sample_token
+from spo_jax.sampling import token
+from spo_jax.sampling.token import MOST_LANES, SamplingConfig, sample_token
 from tests.sampling.reference import assert_drawn_from, truncated
 
 DRAWS = 20_000
@@ -39,14 +40,42 @@ def test_draws_follow_the_truncated_distribution(options):
 
 
 def test_truncation_keeps_what_the_oracle_keeps():
-  """Over random distributions, with ties."""
+  """Over random distributions, with ties, in vocabularies of one block, of several, and padded."""
   rng = np.random.default_rng(0)
-  logits = np.round(rng.normal(size=(40, 8)) * 2).astype(np.float32)
-  logprobs = jax.nn.log_softmax(logits)
-  for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8), (1, 1.0), (0, 1e-6)]:
-    kept = kept_tokens(logprobs, top_k=top_k, top_p=top_p)
-    want = [truncated(row, top_k=top_k, top_p=top_p) > 0 for row in logits]
-    np.testing.assert_array_equal(kept, want)
+  for V, rows in ((8, 12), (3 * MOST_LANES, 4), (MOST_LANES + 7, 4)):
+    logits = np.round(rng.normal(size=(rows, V)) * 2).astype(np.float32)
+    for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8), (1, 1.0), (0, 1e-6), (6, 0.3)]:
+      kept = [truncated(row, top_k=top_k, top_p=top_p) for row in logits]
+      times = 4000
+      keys = jax.random.split(jax.random.key(V + top_k), rows * times)
+      sampling = SamplingConfig(top_k=top_k, top_p=top_p)
+      tokens, _ = sample(keys, np.repeat(logits, times, axis=0), sampling)
+      for drawn, mass in zip(tokens.reshape(rows, times), kept, strict=True):
+        assert_drawn_from(np.bincount(drawn, minlength=V), mass, level=1e-4)
+
+
+@pytest.mark.parametrize("V", [5 * MOST_LANES, 2 * MOST_LANES + 1, 7])
+def test_draws_from_many_blocks_follow_the_distribution(V):
+  logits = np.random.default_rng(V).normal(size=V).astype(np.float32) * 2
+  tokens, logprobs = draw(logits, SamplingConfig())
+  assert_drawn_from(np.bincount(tokens, minlength=V), truncated(logits))
+  np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[tokens], rtol=1e-5, atol=1e-6)
+
+
+def test_more_may_be_kept_than_there_are():
+  tokens, _ = draw(LOGITS, SamplingConfig(top_k=100, top_p=0.9))
+  assert_drawn_from(np.bincount(tokens, minlength=len(LOGITS)), truncated(LOGITS, top_p=0.9))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}], ids=str)
+def test_a_row_without_numbers_ends_and_leaves_the_others_alone(options):
+  logits = np.stack([LOGITS, np.full_like(LOGITS, np.nan), LOGITS])
+  keys = jax.random.split(jax.random.key(0), 3)
+  tokens, logprobs = sample(keys, logits, SamplingConfig(**options))
+  others = [0, 2]
+  alone, of_alone = sample(keys[np.array(others)], logits[others], SamplingConfig(**options))
+  np.testing.assert_array_equal(tokens[np.array(others)], alone)
+  np.testing.assert_array_equal(logprobs[np.array(others)], of_alone)
 
 
 def test_temperature_zero_is_greedy():
@@ -85,22 +114,26 @@ def test_a_token_without_mass_is_never_drawn(low):
 
 
 def test_rounding_of_the_cumulative_sum_draws_no_token_without_mass(monkeypatch):
-  """Over a large vocabulary the sum is not flat, nor monotone, between tokens with mass.
+  """The sum is not flat, nor monotone, between tokens with mass.
 
-  The uniform numbers are set to those next to every value of the sum.
+  Both uniform numbers are set to those next to every value of the sum.
   """
   V, rng = 4096, np.random.default_rng(1)
-  logits = np.full((1, V), -20.0, np.float32)
-  logits[0, rng.choice(V, 40, replace=False)] = rng.normal(size=40)
-  mass = np.where(logits > -10, np.exp(jax.nn.log_softmax(logits)), 0.0)
-  cdf = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass))[0]
-  values = np.unique(cdf / cdf[-1])
+  mass = np.zeros(V, np.float32)
+  mass[rng.choice(V, 40, replace=False)] = np.exp(rng.normal(size=40))
+  cdf = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass[None]))[0]
+  assert (np.diff(cdf)[mass[1:] == 0] != 0).any(), "this case rounds nowhere"
+  values = np.unique(cdf / cdf.max())
   grid = np.round(values * 2**23)[:, None] + np.arange(-4, 5)
   uniform = np.unique(np.clip(grid, 0, 2**23 - 1)) / 2**23
-  assert (np.diff(cdf)[mass[0, 1:] == 0] != 0).any(), "this case rounds nowhere"
-  monkeypatch.setattr(jax.random, "uniform", lambda index: jnp.asarray(uniform, jnp.float32)[index])
-  rows = np.broadcast_to(logits, (len(uniform), V))
-  # Not jitted: a compiled program would keep the patched function.
-  tokens, _ = sample_token(jnp.arange(len(uniform)), rows, SamplingConfig(top_k=40))
-  assert (mass[0, tokens] > 0).all()
-  assert len(np.unique(tokens)) == 40
+  monkeypatch.setattr(token, "MOST_LANES", V)  # one block
+  rows = np.broadcast_to(np.where(mass > 0, np.log(np.maximum(mass, 1e-9)), -np.inf), (8, V))
+  seen = set()
+  draw_uniform = lambda index, shape: jnp.full(shape, jnp.asarray(uniform, jnp.float32)[index])
+  monkeypatch.setattr(jax.random, "uniform", draw_uniform)
+  for start in range(0, len(uniform) - 8, 8):
+    # Not jitted: a compiled program would keep the patched function.
+    tokens, _ = sample_token(start + jnp.arange(8), rows, SamplingConfig())
+    assert (mass[tokens] > 0).all()
+    seen |= set(np.asarray(tokens).tolist())
+  assert len(seen) == 40

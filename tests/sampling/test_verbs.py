@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from spo_jax.sampling import decoding
 from spo_jax.sampling.sampler import compiled_programs
-from spo_jax.sampling.verbs import NO_GROUP, Groups
+from spo_jax.sampling.verbs import NO_GROUP, NOWHERE, Groups
 from tests.sampling.reference import assert_drawn_from, causal_logprobs
 from tests.tiny import EOS, VOCAB, tiny_config, tiny_params, tiny_prompts, tiny_sampler
 
 R, P, Q, N, S = 8, 6, 8, 3, 8  # Q is 7 groups and one of padding
-CAPACITY = P + 2 * S
 TEMPERATURE = 0.8
 CFG = tiny_config()
 
@@ -34,8 +34,16 @@ def prefix(params, prompts):
   return sampler().prefill(params, prompts.tokens, prompts.lengths)
 
 
-def make_groups(lengths, seed=0, *, groups=Q, n=N):
-  """Groups of random rows; continuations that start anywhere in the prefix, with any limits."""
+def make_groups(tokens, lengths, seed=0, *, groups=Q, n=N):
+  """Groups of random rows; continuations that start anywhere in the prefix, with any limits.
+
+  Args:
+    tokens: [R, C] of the prefixes.
+    lengths: [R] of them.
+    seed: of all that is random.
+    groups: number of groups.
+    n: continuations of each.
+  """
   rng = np.random.default_rng(seed)
   row = rng.integers(0, len(lengths), groups).astype(np.int32)
   starts = rng.integers(1, lengths[row][:, None] + 1, (groups, n)).astype(np.int32)
@@ -46,7 +54,7 @@ def make_groups(lengths, seed=0, *, groups=Q, n=N):
   limits[3] = S
   row[-1], limits[-1] = NO_GROUP, 0
   keys = jax.random.split(jax.random.key(seed), (groups, n))
-  return Groups(row, starts, limits, keys)
+  return Groups(row, starts, limits, tokens[row[:, None], starts - 1], keys)
 
 
 def decode(params, prefix, groups, **options):
@@ -55,7 +63,7 @@ def decode(params, prefix, groups, **options):
 
 @pytest.fixture(scope="module")
 def groups(prompts):
-  return make_groups(prompts.lengths)
+  return make_groups(prompts.tokens, prompts.lengths)
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +83,22 @@ def drawn(segments):
   return np.arange(segments.tokens.shape[-1]) < segments.lengths[..., None]
 
 
-def sequences(prefix, groups, segments):
-  """(tokens [Q * n, CAPACITY], lengths): what continuations saw of their prefix, and drew."""
-  tokens = np.zeros((groups.starts.size, CAPACITY), np.int32)
+def sequences(seen, groups, segments):
+  """(tokens [Q * n, C + S], lengths): what continuations saw of prefixes [R, C], and drew."""
+  groups, segments = jax.device_get((groups._replace(keys=0), segments._replace(cache=())))
+  tokens = np.zeros((groups.starts.size, seen.shape[1] + S), np.int32)
   lengths = (groups.starts + segments.lengths).reshape(-1)
-  for i, (start, drew) in enumerate(zip(groups.starts.flat, np.array(lengths), strict=True)):
+  for i, (start, drew) in enumerate(zip(groups.starts.flat, lengths, strict=True)):
     q, child = divmod(i, groups.starts.shape[1])
-    tokens[i, :start] = prefix.tokens[groups.row[q], :start]
+    tokens[i, :start] = seen[groups.row[q], :start]
     tokens[i, start:drew] = segments.tokens[q, child, : drew - start]
-  return tokens, np.array(lengths)
+  return tokens, lengths
 
 
-def logprob_gap(params, prefix, groups, segments):
+def logprob_gap(params, seen, groups, segments):
   """Largest difference to the log-probs of a plain causal pass."""
-  prefix, segments = jax.device_get((prefix, segments))
-  tokens, _ = sequences(prefix, groups, segments)
+  segments = jax.device_get(segments._replace(cache=()))
+  tokens, _ = sequences(seen, groups, segments)
   every = np.asarray(causal_logprobs(CFG, params, tokens, TEMPERATURE))
   gap = 0.0
   for q, child in np.argwhere(groups.row[:, None] + 0 * groups.starts >= 0):
@@ -112,37 +121,84 @@ def assert_same_segments(got, want, rows=slice(None), rows_of_want=slice(None)):
   np.testing.assert_allclose(got.logprobs[mask], want.logprobs[mask], atol=1e-5)
 
 
-def assert_same_prefixes(got, want):
-  """Equal tokens, lengths, and caches but for each last token, whose entry may be absent."""
-  np.testing.assert_array_equal(got.lengths, want.lengths)
-  slots, lengths = np.arange(got.tokens.shape[1]), np.asarray(want.lengths)[:, None]
-  np.testing.assert_array_equal(
-    np.where(slots < lengths, got.tokens, 0), np.where(slots < lengths, want.tokens, 0)
+def in_order(prefix):
+  """[R] lists: per token in order of positions, (position, its keys and values in all layers)."""
+  positions = np.asarray(prefix.positions)
+  by_slot = np.concatenate(
+    [
+      x
+      for keys, values in jax.device_get(prefix.cache)
+      for x in (keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2))
+    ],
+    axis=2,
   )
-  for new, old in zip(jax.tree.leaves(got.cache), jax.tree.leaves(want.cache), strict=True):
-    cached = (slots < lengths - 1)[:, None, :, None]
-    np.testing.assert_allclose(np.where(cached, new, 0), np.where(cached, old, 0), atol=1e-5)
+  found = []
+  for at, entries in zip(positions, by_slot, strict=True):
+    slots = [slot for slot in np.argsort(at, kind="stable") if at[slot] != NOWHERE]
+    found.append(([int(at[slot]) for slot in slots], entries[slots]))
+  return found
 
 
-def assert_extends_to_prefill(params, prefix, groups, segments):
-  """`extend` gives what `prefill` of the same tokens gives."""
+def assert_holds(prefix, want, lengths):
+  """A prefix holds the entries of another at positions 0 .. length - 2; the last may be absent."""
+  for got, wanted, length in zip(in_order(prefix), in_order(want), lengths, strict=True):
+    cached = max(length - 1, 0)
+    assert got[0] == list(range(cached))
+    np.testing.assert_allclose(got[1], wanted[1][:cached], atol=1e-5)
+
+
+def assert_extends_to_prefill(params, seen, prefix, groups, segments):
+  """`extend` gives what `prefill` of the same tokens gives; returns (prefixes, tokens, lengths)."""
   index = everything(groups)
   extended = sampler().extend(prefix, groups, segments, index)
-  tokens, lengths = sequences(*jax.device_get((prefix, groups._replace(keys=0), segments)))
-  lengths = np.where(index >= 0, lengths, 0).astype(np.int32)
-  width = extended.tokens.shape[1]
-  assert_same_prefixes(extended, sampler().prefill(params, tokens[:, :width], lengths))
-  return extended
+  tokens, lengths = sequences(seen, groups, segments)
+  drew = np.asarray(segments.lengths).reshape(-1) > 0
+  lengths = np.where((index >= 0) & drew, lengths, 0).astype(np.int32)
+  assert_holds(extended, sampler().prefill(params, tokens, np.maximum(lengths, 1)), lengths)
+  return extended, tokens, lengths
 
 
-def test_logprobs_are_those_of_a_causal_pass(params, prefix, groups, segments):
+def test_logprobs_are_those_of_a_causal_pass(params, prompts, prefix, groups, segments):
   """After `prefill`, and after `extend`, from the end of the prefix or from inside it."""
-  assert logprob_gap(params, prefix, groups, segments) < 1e-4
+  assert logprob_gap(params, prompts.tokens, groups, segments) < 1e-4
   extended = sampler().extend(prefix, groups, segments, everything(groups))
-  lengths = np.maximum(extended.lengths, 1)
-  deeper = make_groups(lengths, seed=1)
+  tokens, lengths = sequences(prompts.tokens, groups, segments)
+  drew = np.flatnonzero(np.asarray(segments.lengths).reshape(-1) > 0)
+  deeper = make_groups(tokens[drew], lengths[drew], seed=1)
+  deeper = deeper._replace(row=np.where(deeper.row >= 0, drew[deeper.row], NO_GROUP))
   assert (deeper.starts < lengths[deeper.row][:, None]).any()
-  assert logprob_gap(params, extended, deeper, decode(params, extended, deeper)) < 1e-4
+  assert logprob_gap(params, tokens, deeper, decode(params, extended, deeper)) < 1e-4
+
+
+@pytest.mark.parametrize("suffix_chunks", [1, 3, S])
+def test_chunks_of_the_suffix_change_nothing(params, prefix, groups, segments, suffix_chunks):
+  other = decode(params, prefix, groups, suffix_chunks=suffix_chunks)
+  assert {len(chunks) for chunks in other.cache} == {suffix_chunks}
+  assert_same_segments(other, segments)
+  index = everything(groups)
+  extend = lambda segments: sampler().extend(prefix, groups, segments, index)
+  got, want = extend(other), extend(segments)
+  np.testing.assert_array_equal(got.positions, want.positions)
+  there = np.asarray(want.positions != NOWHERE)
+  for (keys, values), (wanted_keys, wanted_values) in zip(got.cache, want.cache, strict=True):
+    for x, y in ((keys.swapaxes(2, 3), wanted_keys.swapaxes(2, 3)), (values, wanted_values)):
+      pick = lambda x: np.asarray(x).swapaxes(1, 2)[there]
+      np.testing.assert_allclose(pick(x), pick(y), atol=1e-5)
+
+
+def test_a_group_may_continue_the_prefix_of_its_number(params, prefix, prompts):
+  """Without a row, for all at once, with refill and in waves."""
+  groups = make_groups(prompts.tokens, prompts.lengths)._replace(row=np.arange(R, dtype=np.int32))
+  starts = np.minimum(groups.starts, prompts.lengths[:, None])
+  groups = groups._replace(starts=starts, fed=prompts.tokens[groups.row[:, None], starts - 1])
+  want = decode(params, prefix, groups)
+  for options in ({}, {"slots": 3}, {"slots": 3, "refill_share": 1.0}):
+    same = decode(params, prefix, groups._replace(row=None), **options)
+    assert_same_segments(same, want)
+    index = np.arange(R * N, dtype=np.int32)
+    got = sampler().extend(prefix, groups._replace(row=None), same, index)
+    lengths = np.where(np.asarray(want.lengths) > 0, starts + want.lengths, 0)
+    assert_holds(got, sampler().extend(prefix, groups, want, index), lengths.reshape(-1))
 
 
 def test_ends_and_limits(groups, segments):
@@ -158,14 +214,61 @@ def test_ends_and_limits(groups, segments):
   assert not np.asarray(segments.lengths)[~wanted].any()
 
 
-@pytest.mark.parametrize("slots, refill_share", [(2, 0.25), (3, 1.0)])
-def test_refill_changes_nothing(params, prefix, groups, segments, slots, refill_share):
+@pytest.mark.parametrize("slots, refill_share", [(2, 0.25), (3, 0.9), (3, 1.0)])
+def test_refill_and_waves_change_nothing(
+  params, prompts, prefix, groups, segments, slots, refill_share
+):
   refilled = decode(params, prefix, groups, slots=slots, refill_share=refill_share)
   assert_same_segments(refilled, segments)
-  index = everything(groups)
-  extend = lambda segments: sampler().extend(prefix, groups, segments, index)
-  assert_same_prefixes(extend(refilled), extend(segments))
-  assert (np.asarray(refilled.first)[:-1] > 0).any()
+  assert_extends_to_prefill(params, prompts.tokens, prefix, groups, refilled)
+  assert (np.asarray(refilled.first)[:-1] > 0).any() == (refill_share < 1)
+
+
+def counted(monkeypatch, name):
+  """A list that grows by one whenever the compiled `decoding` function of this name runs."""
+  runs = []
+  function = getattr(decoding, name)
+
+  def count(*args, **options):
+    jax.debug.callback(lambda: runs.append(1))
+    return function(*args, **options)
+
+  monkeypatch.setattr(decoding, name, count)
+  return runs
+
+
+def run_decode(params, prefix, groups, decode_cfg):
+  segments = jax.jit(lambda *args: decoding.decode(CFG, decode_cfg, *args))(params, prefix, groups)
+  jax.block_until_ready(segments)
+  jax.effects_barrier()
+
+
+def test_waves_end_with_the_groups(params, prefix, groups, monkeypatch):
+  """Eight groups, of which three want anything, are one wave of four."""
+  few = groups._replace(limits=np.where(np.arange(Q)[:, None] < 3, groups.limits, 0))
+  waves = counted(monkeypatch, "_wave")
+  decode_cfg = sampler(slots=4, refill_share=1.0).decode_config(S, False)
+  for asked, count in ((few, 1), (groups, 2)):
+    waves.clear()
+    run_decode(params, prefix, asked, decode_cfg)
+    assert len(waves) == count
+
+
+@pytest.mark.parametrize("slots, steps", [(64, 5), (4, 8)], ids=["at once", "refilled"])
+def test_steps_end_with_the_longest_continuation(params, prefix, groups, monkeypatch, slots, steps):
+  """With limits of at most 5 and 3: at once 5 steps, in slots of 4 groups 5 and 3 more."""
+  most = np.where(np.arange(Q)[:, None] < 4, 5, 3)
+  groups = groups._replace(limits=np.minimum(np.full_like(groups.limits, S), most))
+  decode_cfg = sampler(slots=slots, refill_share=1.0 if slots == 64 else 0.9)
+  decode_cfg = dataclasses.replace(decode_cfg, stop_ids=(VOCAB,)).decode_config(S, False)
+  taken = counted(monkeypatch, "_step")
+  run_decode(params, prefix, groups, decode_cfg)
+  assert len(taken) == steps
+
+
+def test_a_prefix_holds_its_prompt(prompts, prefix):
+  for (positions, _), length in zip(in_order(prefix), prompts.lengths, strict=True):
+    assert positions == list(range(length))
 
 
 @pytest.mark.parametrize("slots", [64, 2])
@@ -181,22 +284,24 @@ def test_number_of_groups_changes_nothing(params, prefix, groups, segments):
   assert_same_segments(decode(params, prefix, alone), segments, rows_of_want=slice(3, 4))
 
 
-def test_extend_is_prefill_of_the_same_tokens(params, prefix, groups, segments):
-  extended = assert_extends_to_prefill(params, prefix, groups, segments)
-  assert (np.asarray(extended.lengths)[-N:] == 0).all()
+def test_extend_is_prefill_of_the_same_tokens(params, prompts, prefix, groups, segments):
+  extended, _, lengths = assert_extends_to_prefill(params, prompts.tokens, prefix, groups, segments)
+  assert (np.asarray(extended.positions)[-N:] == NOWHERE).all()
   # Survivors in any order, with padding.
   index = np.full(Q * N, NO_GROUP, np.int32)
-  index[:4] = [9, 2, 11, 0]
+  index[:4] = survivors = [9, 2, 11, 0]
   chosen = sampler().extend(prefix, groups, segments, index)
-  for name in ("tokens", "lengths"):
-    got, want = (np.asarray(getattr(x, name)) for x in (chosen, extended))
-    np.testing.assert_array_equal(got[:4], want[[9, 2, 11, 0]])
+  got, want = in_order(chosen), in_order(extended)
+  for place, survivor in enumerate(survivors):
+    assert got[place][0] == want[survivor][0]
+    np.testing.assert_array_equal(got[place][1], want[survivor][1])
+  assert all(not at for at, _ in got[4:])
 
 
 def test_an_idle_group_keeps_its_suffix_while_the_ring_turns(params, prefix, prompts):
   """The first group ends at step 8 and waits for one that enters at step 7 and takes 8 steps."""
   never_ends = dataclasses.replace(sampler(slots=2), stop_ids=(VOCAB,))
-  groups = make_groups(prompts.lengths, seed=2)
+  groups = make_groups(prompts.tokens, prompts.lengths, seed=2)
   limits = np.zeros((Q, N), np.int32)
   limits[:3] = [[S] * N, [S - 1, 2, 0], [S] * N]
   row = np.where(np.arange(Q) < 3, np.maximum(groups.row, 0), NO_GROUP).astype(np.int32)
@@ -204,8 +309,8 @@ def test_an_idle_group_keeps_its_suffix_while_the_ring_turns(params, prefix, pro
   segments = never_ends.decode(params, prefix, groups, max_new_tokens=S, keep_cache=True)
   np.testing.assert_array_equal(segments.lengths, limits)
   assert list(segments.first[:3]) == [0, 0, S - 1]
-  assert logprob_gap(params, prefix, groups, segments) < 1e-4
-  assert_extends_to_prefill(params, prefix, groups, segments)
+  assert logprob_gap(params, prompts.tokens, groups, segments) < 1e-4
+  assert_extends_to_prefill(params, prompts.tokens, prefix, groups, segments)
 
 
 def test_any_stop_token_ends_a_continuation(params, prefix, groups, segments):
@@ -232,7 +337,7 @@ def test_other_values_compile_nothing_anew(params, prefix, prompts, groups, segm
   before = compiled_programs()
   other = tiny_prompts(R, longest=P, seed=7)
   prefix = sampler().prefill(tiny_params(CFG, seed=3), other.tokens, other.lengths)
-  groups = make_groups(other.lengths, seed=8)
+  groups = make_groups(other.tokens, other.lengths, seed=8)
   segments = decode(params, prefix, groups)
   sampler().extend(prefix, groups, segments, np.full(Q * N, NO_GROUP, np.int32))
   assert compiled_programs() == before
@@ -252,6 +357,7 @@ def test_two_tokens_follow_the_exact_distribution():
     row=np.zeros(groups, np.int32),
     starts=starts.astype(np.int32),
     limits=np.full((groups, n), 2, np.int32),
+    fed=prompt[0, starts - 1],
     keys=jax.random.split(jax.random.key(5), (groups, n)),
   )
   segments = small.decode(params, prefix, asked, max_new_tokens=2, keep_cache=False)

@@ -3,21 +3,23 @@
 All softmaxes are in float32, so that the sampler's log-probs are the trainer's. The three are
 called as `attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
 `spec.backend` names who computes the first two: "blocks", fast for short rows; "flash", in memory
-linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash" for forests.
+linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash" for forests;
+"pallas", what "flash" does by kernels for TPUs.
 """
 
 from typing import NamedTuple
 
 import jax
 
-from spo_jax.models.attention import blocks, cudnn, flash
-from spo_jax.models.attention.decode import DecodeContext, attend_decode
+from spo_jax.models.attention import blocks, cudnn, flash, pallas
+from spo_jax.models.attention.decode import DecodeContext, LayerCache, attend_decode
 from spo_jax.models.attention.spec import AttentionSpec
 
 __all__ = [
   "BACKENDS",
   "AttentionSpec",
   "DecodeContext",
+  "LayerCache",
   "PackedContext",
   "attend_decode",
   "attend_packed",
@@ -30,6 +32,7 @@ _FUNCTIONS = {
   "blocks": (blocks.interval_attention, blocks.causal_attention),
   "flash": (flash.interval_attention, flash.causal_attention),
   "cudnn": (flash.interval_attention, cudnn.causal_attention),
+  "pallas": (pallas.interval_attention, pallas.causal_attention),
 }
 BACKENDS = tuple(_FUNCTIONS)
 
@@ -48,14 +51,21 @@ def attend_packed(q, k, v, positions, context: PackedContext, cache, spec: Atten
 
 
 def attend_prefill(q, k, v, positions, context, cache, spec: AttentionSpec):
-  """Prefill: causal attention; the cache is (keys, values) [B, K, T, Dh], head-major."""
+  """Prefill: causal attention; the cache is (keys [B, K, Dh, T], values [B, K, T, Dh])."""
   del context, cache
   _, attention = _FUNCTIONS[spec.backend]
-  return attention(q, k, v, positions, spec), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+  return attention(q, k, v, positions, spec), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
 
 def check_backend(
-  backend: str, device: jax.Device, *, dtype: str, head_dim: int, cap: float | None
+  backend: str,
+  device: jax.Device,
+  *,
+  dtype: str,
+  head_dim: int,
+  cap: float | None,
+  group: int = 1,
+  packed_blocks: tuple[int, int] | None = None,
 ) -> None:
   """Checks that a backend can compute a decoder's attention on a device.
 
@@ -65,9 +75,13 @@ def check_backend(
     dtype: of activations.
     head_dim: size of a head.
     cap: soft cap of the scores.
+    group: query heads of a key-value head.
+    packed_blocks: queries and keys of a block of a packed row; None: no rows are packed.
 
   Raises:
     UserError: if it cannot.
   """
   if backend == "cudnn":
     cudnn.check(device, dtype=dtype, head_dim=head_dim, cap=cap)
+  if backend == "pallas":
+    pallas.check(device, head_dim=head_dim, group=group, packed_blocks=packed_blocks)

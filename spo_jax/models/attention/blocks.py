@@ -4,6 +4,8 @@ Few and large operations, fast where a row's scores fit the machine's caches; it
 number of queries times that of the keys listed for each.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -119,3 +121,33 @@ def causal_attention(
   until = jnp.full((B, 1, T), T, jnp.int32)
   blocks = jnp.zeros((B, 1, 1), jnp.int32)
   return interval_attention(q_BxTxHxDh, k_BxTxKxDh, v_BxTxKxDh, positions_BxT, until, blocks, spec)
+
+
+def causal_in_blocks(
+  interval_attention: Callable[..., jax.Array],
+  q_BxTxHxDh: jax.Array,
+  k_BxTxKxDh: jax.Array,
+  v_BxTxKxDh: jax.Array,
+  positions_BxT: jax.Array,
+  spec: AttentionSpec,
+  block: int,
+) -> jax.Array:
+  """`causal_attention` by another backend's `interval_attention`, on rows cut into equal blocks.
+
+  A row is a forest of one path, and a query block sees all key blocks up to its own, or those
+  that its window reaches; with a window, positions must rise along the row.
+  """
+  B, T = q_BxTxHxDh.shape[:2]
+  N = -(-T // block)
+  W = N if spec.window is None else min(N, 1 - (1 - spec.window) // block)
+  n_Nx1 = jnp.arange(N)[:, None]
+  key_block_NxW = jnp.maximum(n_Nx1 - (W - 1), 0) + jnp.arange(W)[None]
+  key_block_NxW = jnp.where(key_block_NxW <= n_Nx1, key_block_NxW, -1)
+  lengthen = lambda x: jnp.pad(x, ((0, 0), (0, N * block - T), *((0, 0),) * (x.ndim - 2)))
+  mixed_BxTxHxDh = interval_attention(
+    *map(lengthen, (q_BxTxHxDh, k_BxTxKxDh, v_BxTxKxDh, positions_BxT)),
+    jnp.full((B, N, block), N * block, jnp.int32),
+    jnp.broadcast_to(key_block_NxW, (B, N, W)),
+    spec,
+  )
+  return mixed_BxTxHxDh[:, :T]

@@ -1,4 +1,11 @@
-"""Attention of shared-prefix decode."""
+"""Attention of shared-prefix decode.
+
+Keys are stored as [.., Dh, tokens] and values as [.., tokens, Dh]: so both products run along the
+memory, and a step adds a column of keys and a row of values.
+
+Axis letters, beside those of the decoder: R groups of n continuations, B = R * n continuations, P
+prefix slots, S suffix slots, G queries of a key-value head.
+"""
 
 from typing import NamedTuple
 
@@ -9,66 +16,111 @@ from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
 
 
 class DecodeContext(NamedTuple):
-  """What `attend_decode` needs besides the caches: R groups of n continuations, S suffix slots."""
+  """What `attend_decode` needs besides the caches.
 
-  visible: jax.Array  # [R, n] int32, number of leading prefix tokens that a continuation sees
-  suffix_mask: jax.Array  # [R, S] bool, suffix slots that belong to the group
-  slot: jax.Array  # scalar int32, suffix slot that this step writes
-  writes: jax.Array  # [R] bool, groups that write it; a group that is done keeps its suffix
+  A suffix lies in chunks of slots, the same for all groups: full ones, and the one that is written,
+  the last.
+  """
+
+  visible: jax.Array  # [R, n] int32, a continuation sees prefix tokens at positions below this one
+  prefix_positions: jax.Array  # [R, P] int32
+  # [S] int32 a chunk: steps since its slots were written, not below 0
+  ages: tuple[jax.Array, ...]
+  steps: jax.Array  # [R] int32, steps that the group has taken: no slot of its own is older
+  slot: jax.Array  # scalar int32, slot of the last chunk that this step writes
+  writes: jax.Array | None = None  # [R] bool, groups that write it; None: all
 
 
-def attend_decode(q, k, v, positions, context: DecodeContext, cache, spec: AttentionSpec):
+class LayerCache(NamedTuple):
+  """Keys and values of a layer."""
+
+  prefix: tuple[jax.Array, jax.Array]  # [R, K, Dh, P], [R, K, P, Dh]
+  full: tuple[tuple[jax.Array, jax.Array], ...]  # a chunk: [B, K, Dh, S], [B, K, S, Dh]
+  last: tuple[jax.Array, jax.Array]  # likewise, the chunk that is written
+
+
+def attend_decode(
+  q, k, v, positions, context: DecodeContext, cache: LayerCache, spec: AttentionSpec
+):
   """Decode: one new token a continuation against the group's shared prefix and its own suffix.
 
   The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh]
-  matrix a key-value head. Prefix and suffix scores share one softmax, normalised by their joint
-  log-sum-exp.
+  matrix a key-value head. The scores of prefix and chunks share one softmax, normalised by their
+  joint log-sum-exp, after the products with the values.
 
   Args:
-    q: [R * n, 1, H, Dh].
-    k: [R * n, 1, K, Dh].
+    q: [B, 1, H, Dh].
+    k: [B, 1, K, Dh].
     v: like k.
-    positions: [R * n, 1] int32, read if there is a window. A prefix token's position is its index;
-      a suffix token is as far back as steps have passed since its slot was written.
+    positions: [B, 1] int32, of the new tokens; read if there is a window.
     context: see `DecodeContext`.
-    cache: (prefix keys, prefix values) [R, K, P, Dh] and (suffix keys, suffix values) [R, n, K, S,
-      Dh].
+    cache: of the layer.
     spec: scale, window and cap.
 
   Returns:
-    ([R * n, 1, H, Dh], (updated suffix keys, updated suffix values)).
+    ([B, 1, H, Dh], the updated last chunk).
   """
-  prefix_k, prefix_v, suffix_k, suffix_v = cache
-  R, n, K, S, Dh = suffix_k.shape
-  G = q.shape[2] // K
+  B, _, H, Dh = q.shape
+  R, n = context.visible.shape
+  K = k.shape[2]
+  G = H // K
+  last = _write(cache.last, k.reshape(B, K, Dh, 1), v.reshape(B, K, 1, Dh), context)
+  prefix_k, prefix_v = cache.prefix
 
-  def write(store, new):
-    old = jax.lax.dynamic_slice_in_dim(store, context.slot, 1, axis=3)
-    new = new.reshape(R, n, K, 1, Dh).astype(store.dtype)
-    new = jnp.where(context.writes[:, None, None, None, None], new, old)
-    return jax.lax.dynamic_update_slice_in_dim(store, new, context.slot, axis=3)
-
-  suffix_k, suffix_v = write(suffix_k, k), write(suffix_v, v)
-  q_RxKxnxGxDh = q.reshape(R, n, K, G, Dh).swapaxes(1, 2)
-  to_prefix = jnp.einsum(
-    "rkngd,rkpd->rkngp", q_RxKxnxGxDh, prefix_k, preferred_element_type=jnp.float32
-  )
-  to_suffix = jnp.einsum(
-    "rkngd,rnksd->rkngs", q_RxKxnxGxDh, suffix_k, preferred_element_type=jnp.float32
-  )
-  position_P = jnp.arange(prefix_k.shape[2])[None, None, None, None]
-  sees_prefix = position_P < context.visible[:, None, :, None, None]
-  sees_suffix = context.suffix_mask[:, None, None, None]
+  position_Rx1xP = context.prefix_positions[:, None]
+  seen_RxnxP = position_Rx1xP < context.visible[..., None]
   if spec.window is not None:
-    near = positions.reshape(R, 1, n, 1, 1) - position_P < spec.window
-    sees_prefix = sees_prefix & near
-    age_S = (context.slot - jnp.arange(S)) % S
-    sees_suffix = sees_suffix & (age_S < spec.window)[None, None, None, None]
-  to_prefix = jnp.where(sees_prefix, spec.scores(to_prefix), NEG_INF)
-  to_suffix = jnp.where(sees_suffix, spec.scores(to_suffix), NEG_INF)
-  peak = jnp.maximum(to_prefix.max(-1, keepdims=True), to_suffix.max(-1, keepdims=True))
-  to_prefix, to_suffix = jnp.exp(to_prefix - peak), jnp.exp(to_suffix - peak)
-  total = to_prefix.sum(-1, keepdims=True) + to_suffix.sum(-1, keepdims=True)
-  mixed = jnp.einsum("rkngp,rkpd->rkngd", (to_prefix / total).astype(v.dtype), prefix_v)
-  mixed = mixed + jnp.einsum("rkngs,rnksd->rkngd", (to_suffix / total).astype(v.dtype), suffix_v)
-  return mixed.swapaxes(1, 2).reshape(q.shape), (suffix_k, suffix_v)
+    seen_RxnxP &= positions.reshape(R, n, 1) - position_Rx1xP < spec.window
+  products = _products("rnkgd,rkdp->rkngp", q.reshape(R, n, K, G, Dh), prefix_k)
+  to_prefix = jnp.where(seen_RxnxP[:, None, :, None], spec.scores(products), NEG_INF)
+  chunks = (*cache.full, last)
+  to_chunks = []
+  for (chunk_k, _), age_S in zip(chunks, context.ages, strict=True):
+    seen_RxS = age_S[None] <= context.steps[:, None]
+    if spec.window is not None:
+      seen_RxS &= age_S[None] < spec.window
+    products = _products("bkgd,bkds->bkgs", q.reshape(B, K, G, Dh), chunk_k)
+    seen_BxS = jnp.repeat(seen_RxS, n, axis=0)
+    to_chunks.append(jnp.where(seen_BxS[:, None, None], spec.scores(products), NEG_INF))
+
+  def by_continuation(x_RxKxnxGxE):
+    return x_RxKxnxGxE.swapaxes(1, 2).reshape(B, K, G, -1)
+
+  def by_group(x_BxKxGxE):
+    return x_BxKxGxE.reshape(R, n, K, G, -1).swapaxes(1, 2)
+
+  peak = by_continuation(to_prefix.max(-1, keepdims=True))
+  for scores in to_chunks:
+    peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
+  weights = jnp.exp(to_prefix - by_group(peak))
+  total = by_continuation(weights.sum(-1, keepdims=True))
+  mixed = by_continuation(_mix("rkngp,rkpd->rkngd", weights, prefix_v))
+  for scores, (_, chunk_v) in zip(to_chunks, chunks, strict=True):
+    weights = jnp.exp(scores - peak)
+    total = total + weights.sum(-1, keepdims=True)
+    mixed = mixed + _mix("bkgs,bksd->bkgd", weights, chunk_v)
+  return (mixed / total).astype(v.dtype).reshape(q.shape), last
+
+
+def _write(chunk, k, v, context: DecodeContext):
+  """The chunk with a column of keys and a row of values."""
+
+  def put(store, new, axis):
+    new = new.astype(store.dtype)
+    if context.writes is not None:
+      old = jax.lax.dynamic_slice_in_dim(store, context.slot, 1, axis=axis)
+      writes_B = jnp.repeat(context.writes, len(store) // len(context.writes))
+      new = jnp.where(writes_B[:, None, None, None], new, old)
+    return jax.lax.dynamic_update_slice_in_dim(store, new, context.slot, axis=axis)
+
+  return put(chunk[0], k, 3), put(chunk[1], v, 2)
+
+
+def _products(equation, queries, keys):
+  return jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
+
+
+def _mix(equation, weights, values):
+  return jnp.einsum(
+    equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+  )

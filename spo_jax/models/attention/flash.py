@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from spo_jax.models.attention.blocks import causal_in_blocks
 from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
 
 # Most scores of a head that exist at a time, unless a pair of blocks has more. On a CPU larger ones
@@ -77,26 +78,11 @@ def causal_attention(
   positions_BxT: jax.Array,
   spec: AttentionSpec,
 ) -> jax.Array:
-  """As `blocks.causal_attention`; with a window, positions must rise along the row.
-
-  A row is a forest of one path, and a query block sees all key blocks up to its own, or those
-  that its window reaches.
-  """
-  B, T = q_BxTxHxDh.shape[:2]
-  C = min(T, CAUSAL_BLOCK)
-  N = -(-T // C)
-  W = N if spec.window is None else min(N, 1 - (1 - spec.window) // C)
-  n_Nx1 = jnp.arange(N)[:, None]
-  key_block_NxW = jnp.maximum(n_Nx1 - (W - 1), 0) + jnp.arange(W)[None]
-  key_block_NxW = jnp.where(key_block_NxW <= n_Nx1, key_block_NxW, -1)
-  lengthen = lambda x: jnp.pad(x, ((0, 0), (0, N * C - T), *((0, 0),) * (x.ndim - 2)))
-  mixed_BxTxHxDh = interval_attention(
-    *map(lengthen, (q_BxTxHxDh, k_BxTxKxDh, v_BxTxKxDh, positions_BxT)),
-    jnp.full((B, N, C), N * C, jnp.int32),
-    jnp.broadcast_to(key_block_NxW, (B, N, W)),
-    spec,
+  """As `blocks.causal_attention`; with a window, positions must rise along the row."""
+  block = min(q_BxTxHxDh.shape[1], CAUSAL_BLOCK)
+  return causal_in_blocks(
+    interval_attention, q_BxTxHxDh, k_BxTxKxDh, v_BxTxKxDh, positions_BxT, spec, block
   )
-  return mixed_BxTxHxDh[:, :T]
 
 
 def _take(x_BxKxJxLxDh, blocks_BxX):

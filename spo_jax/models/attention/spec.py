@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
 from spo_jax.numerics import soft_cap
 
@@ -17,6 +18,7 @@ class AttentionSpec:
   window: int | None = None  # a query sees the keys of its last `window` positions; None: of all
   cap: float | None = None  # soft cap of the scaled products
   backend: str = "blocks"  # who computes it, of BACKENDS in __init__.py
+  mesh: Mesh | None = None  # that rows and heads are split over, for kernels; None is one device
 
   def scores(self, products: jax.Array) -> jax.Array:
     """Scores before the softmax, from products of queries and keys."""
