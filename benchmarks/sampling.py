@@ -15,36 +15,25 @@ import argparse
 import functools
 import json
 import math
-import pathlib
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from benchmarks.peers import PEERS, Peer, missing
-from benchmarks.random_model import model_config
-from benchmarks.update import machine
+from benchmarks.peers import PEERS, Peer, load, random_model
+from benchmarks.timing import in_turn, machine, machine_rates, print_columns
 from spo_jax.command_line import USER_ERROR_STATUS
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh
-from spo_jax.models.decoder import DecoderConfig, count_params, init_params
-from spo_jax.models.export import export_model
-from spo_jax.models.families import config_from_hf
+from spo_jax.models.decoder import DecoderConfig, count_params
 from spo_jax.sampling import strategies
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.token import SamplingConfig
 
 NEVER = (-1,)  # stop ids of which none is ever drawn
-MATMUL_SIZE = 1024
-COPY_FLOATS = 1 << 25
-RATE_REPEATS = 7
 
 Engine = Callable[[int], float]  # seed -> the work that was done: number of tokens drawn
 
@@ -55,7 +44,7 @@ class Ours:
   def __init__(self, cfg: DecoderConfig, params: Any, slots: int, *, shared: bool):
     self._params, self._shared = params, shared
     self._sampler = Sampler(
-      cfg, make_mesh(-1, 1, 1), NEVER, SamplingConfig(), slots, refill_share=0.25
+      cfg, make_mesh(-1, 1, 1), NEVER, SamplingConfig(), slots, refill_share=1.0, suffix_chunks=4
     )
 
   def sample(self, prompts: np.ndarray, n: int, new_tokens: int, seed: int) -> np.ndarray:
@@ -120,22 +109,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
-def load_peers(
-  names: Sequence[str], context: int, cfg: DecoderConfig, hf: dict[str, Any], params: Any
-) -> dict[str, Peer]:
-  """The peers that are installed, with our parameters; of the others a word on stderr."""
-  peers = {}
-  with tempfile.TemporaryDirectory(prefix="spo_jax_sampling_") as folder:
-    checkpoint = pathlib.Path(folder) / "model"
-    export_model(params, cfg, hf, None, checkpoint)
-    for name in names:
-      if gone := missing(name):
-        print(f"{name} is left out: {', '.join(gone)} is not installed", file=sys.stderr)
-      else:
-        peers[name] = PEERS[name](checkpoint, context)
-  return peers
-
-
 def engines(
   args: argparse.Namespace, batch: int, cfg: DecoderConfig, params: Any, peers: Mapping[str, Peer]
 ) -> dict[str, Engine]:
@@ -172,44 +145,6 @@ def engines(
   return {name: functools.partial(count, sample=sample) for name, sample in draw.items()}
 
 
-def in_turn(calls: Mapping[str, Engine], repeats: int) -> dict[str, dict[str, Any]]:
-  """Times calls in turn: a first one of each, then so many more.
-
-  Returns:
-    By name: `first_s`, `seconds` of the others, `tokens` of a call.
-  """
-  found = {name: {"seconds": []} for name in calls}
-  for turn in range(repeats + 1):
-    for name, call in calls.items():
-      began = time.perf_counter()
-      tokens = call(turn)
-      seconds = time.perf_counter() - began
-      if turn:
-        found[name]["seconds"].append(seconds)
-      else:
-        found[name] |= {"first_s": seconds, "tokens": tokens}
-  return found
-
-
-def machine_rates() -> dict[str, float]:
-  """The machine's best: float32 matmuls in GFLOP/s, copies in GB/s, read and written."""
-  square, line = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(COPY_FLOATS)
-  matmul, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-
-  def call(function, x, amount):
-    jax.block_until_ready(function(x))
-    return amount
-
-  calls = {
-    "matmul_gflops": lambda _: call(matmul, square, 2 * MATMUL_SIZE**3),
-    "copy_gb_s": lambda _: call(copy, line, 2 * line.nbytes),
-  }
-  return {
-    name: one["tokens"] / statistics.median(one["seconds"]) / 1e9
-    for name, one in in_turn(calls, RATE_REPEATS).items()
-  }
-
-
 def print_table(record: Mapping[str, Any]) -> None:
   """The record, to be read."""
   what = f"{record['batch']} continuations, {record['samples']} a prompt"
@@ -224,15 +159,13 @@ def print_table(record: Mapping[str, Any]) -> None:
     name: statistics.median(one["seconds"]) / one["tokens"]
     for name, one in record["engines"].items()
   }
-  columns = ("tokens/s", "min s", "median s", "max s", "first s", "to ours")
-  print(f"{'':<8}" + "".join(f"{name:>10}" for name in columns))
+  cells = {}
   for name, one in record["engines"].items():
     seconds = one["seconds"]
     times = (min(seconds), statistics.median(seconds), max(seconds), one["first_s"])
-    print(
-      f"{name:<8}{1 / per_token[name]:>10.0f}"
-      + "".join(f"{x:>10.2f}" for x in (*times, per_token[name] / per_token["ours"]))
-    )
+    ratio = per_token[name] / per_token["ours"]
+    cells[name] = (f"{1 / per_token[name]:.0f}", *(f"{x:.2f}" for x in (*times, ratio)))
+  print_columns(("tokens/s", "min s", "median s", "max s", "first s", "to ours"), cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,22 +185,24 @@ def measure(args: argparse.Namespace) -> None:
   Raises:
     UserError: if the model or a batch cannot be made.
   """
-  hf = model_config("qwen2", args.layers, args.width, args.vocab)
-  cfg = config_from_hf(hf)
-  params = jax.jit(lambda key: nn.unbox(init_params(cfg, key)))(jax.random.key(0))
+  model = random_model(args.layers, args.width, args.vocab)
   names = () if args.tree else args.peers
-  peers = load_peers(names, args.prompt + args.new, cfg, hf, params)
+  peers = load(PEERS, names, model, args.prompt + args.new)
   common = {
     "benchmark": "sampling",
     "machine": machine(),
     "jax": jax.__version__,
     **vars(args),
-    "parameters": count_params(params),
+    "parameters": count_params(model.params),
     **machine_rates(),
   }
   for batch in args.batch:
-    timed = in_turn(engines(args, batch, cfg, params, peers), args.repeats)
-    record = common | {"batch": batch, "engines": timed}
+    timed = in_turn(engines(args, batch, model.cfg, model.params, peers), args.repeats)
+    found = {
+      name: {"first_s": one.first_s, "seconds": one.seconds, "tokens": one.results[0]}
+      for name, one in timed.items()
+    }
+    record = common | {"batch": batch, "engines": found}
     print_table(record)
     print(json.dumps(record))
 

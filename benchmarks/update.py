@@ -1,5 +1,7 @@
 """The packed update against one on (prefix, segment) rows: `python -m benchmarks.update`.
 
+With `--plain ROWS TOKENS` it is an update on plain rows, beside other people's: `plain_update.py`.
+
 Both take the same optimiser step from one full tree: the packed forest runs every token once, the
 rows run a prefix again for every segment below it. The rows are no straw man: those of one length
 form a batch without padding, attention is dense and causal over so few tokens, and only the
@@ -12,10 +14,10 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
-import platform
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from benchmarks import plain_update
+from benchmarks.timing import machine, print_columns
 from spo_jax.algorithms import losses
 from spo_jax.config import Config
 from spo_jax.forest import Forest, ForestBuilder
@@ -157,17 +161,13 @@ def check_agreement(params, packed, rows) -> float:
   return error
 
 
-def machine() -> str:
-  """The device, in words."""
-  device = jax.devices()[0]
-  return (
-    f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} CPU cores"
-  )
-
-
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.update",
+    description=__doc__.split("\n")[0],
+    epilog="Plain rows have flags of their own: --plain 16 256 --help",
+  )
   add = functools.partial(parser.add_argument, type=int)
   add("--branches", nargs="+", default=[6, 6, 6], help="children of a node, by depth")
   add("--segment", default=48, help="tokens of a segment; the prompt has a sixth of it")
@@ -187,7 +187,7 @@ def parse_args() -> argparse.Namespace:
     default=["blocks", "flash"],
     help="backends of the packed forest",
   )
-  return parser.parse_args()
+  return parser.parse_args(argv)
 
 
 def configs(args: argparse.Namespace) -> tuple[DecoderConfig, LossConfig]:
@@ -270,11 +270,16 @@ def print_table(record: dict[str, Any]) -> None:
     f"tree {record['branches']}, segments of {record['segment']}; gradients agree to "
     f"{record['gradient_error']:.0e}"
   )
-  columns = ("update", "tokens", "MiB", "min s", "median s", "max s", "CPU s")
-  print(f"{columns[0]:<8}" + "".join(f"{name:>10}" for name in columns[1:]))
+  cells = {}
   for name, times in record["seconds"].items():
-    line = (record["temporary_mib"][name], *times, record["cpu_seconds"][name])
-    print(f"{name:<8}{record['tokens'][name]:>10}" + "".join(f"{x:>10.3f}" for x in line))
+    memory = (record["temporary_mib"][name], record["peak_mib"][name])
+    cells[name] = (
+      str(record["tokens"][name]),
+      *(f"{mib:.1f}" for mib in memory),
+      *(f"{seconds:.3f}" for seconds in (*times, record["cpu_seconds"][name])),
+    )
+  columns = ("tokens", "temporary MiB", "peak MiB", "min s", "median s", "max s", "CPU s")
+  print_columns(columns, cells)
   for name, ratio in record["ratio"].items():
     print(
       f"rows / {name}: {ratio:.2f} in time, {record['cpu_ratio'][name]:.2f} in CPU time, "
@@ -282,9 +287,24 @@ def print_table(record: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-  """Checks, measures and prints."""
-  args = parse_args()
+def memory(step: jax.stages.Compiled) -> tuple[float, float]:
+  """MiB of a compiled step: its temporaries, and all that it holds with state and batch."""
+  stats = step.memory_analysis()
+  kept = stats.output_size_in_bytes - stats.alias_size_in_bytes  # the donated state is overwritten
+  temporary = stats.temp_size_in_bytes
+  return temporary / 2**20, (stats.argument_size_in_bytes + kept + temporary) / 2**20
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs what the command line asks for."""
+  if "--plain" in argv:
+    return plain_update.main(argv)
+  compare(parse_args(argv))
+  return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+  """Checks, measures and prints both forms of a tree."""
   cfg, loss_cfg = configs(args)
   forest = full_tree(args.branches, args.segment, max(1, args.segment // 6), args.vocab)
   advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
@@ -313,7 +333,7 @@ def main() -> None:
   seconds, cpu_seconds = measure(steps, fresh, args.repeats)
   tokens = dict.fromkeys(args.attention, packed_tokens)
   tokens["rows"] = sum(tokens.size for tokens, _, _ in rows)
-  mib = lambda step: step.memory_analysis().temp_size_in_bytes / 2**20
+  mib = {name: memory(step) for name, step in compiled.items()}
   record = {
     "benchmark": "update",
     "machine": machine(),
@@ -321,7 +341,8 @@ def main() -> None:
     **vars(args),
     "key_blocks": packed.key_blocks.shape[-1],
     "gradient_error": error,
-    "temporary_mib": {name: mib(step) for name, step in compiled.items()},
+    "temporary_mib": {name: temporary for name, (temporary, _) in mib.items()},
+    "peak_mib": {name: peak for name, (_, peak) in mib.items()},
     **summary(tokens, seconds, cpu_seconds),
   }
   print_table(record)
@@ -329,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main(sys.argv[1:]))

@@ -2,16 +2,11 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from benchmarks import peers, sampling
-from benchmarks.random_model import model_config
-from spo_jax.models.decoder import init_params
-from spo_jax.models.families import config_from_hf
 
 TINY = "--layers 1 --width 32 --vocab 48 --prompt 5 --new 4 --repeats 2"
 
@@ -42,16 +37,15 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_word(capsys, monkeypatc
 def test_hugging_face_draws_from_our_weights():
   if gone := peers.missing("hf"):
     pytest.skip(f"{', '.join(gone)} is not installed")
-  hf = model_config("qwen2", 1, 32, 48)
-  cfg = config_from_hf(hf)
-  params = nn.unbox(init_params(cfg, jax.random.key(0)))
+  model = peers.random_model(1, 32, 48)
+  params = model.params
   # Blocks that do nothing, and one token that is all but certain: who has these weights draws it.
   params["block_0"] |= {name: 0 * params["block_0"][name] for name in ("out", "down")}
   params["embedding"] = jnp.ones_like(params["embedding"])
   params["unembedding"] = jnp.zeros_like(params["unembedding"]).at[:, 7].set(1.0)
-  (engine,) = sampling.load_peers(["hf"], 16, cfg, hf, params).values()
+  (engine,) = peers.load(peers.PEERS, ["hf"], model, 16).values()
   prompts = np.full((8, 5), 3)
-  ours = sampling.Ours(cfg, params, 24, shared=True).sample(prompts, 3, 4, 0)
+  ours = sampling.Ours(model.cfg, params, 24, shared=True).sample(prompts, 3, 4, 0)
   drawn = engine(prompts, 3, 4, 0)
   assert drawn.shape == ours.shape == (8, 3, 4)
   assert (drawn == 7).all() and (ours == 7).all()

@@ -1,0 +1,84 @@
+"""What the benchmarks share: the machine in words and numbers, calls timed in turn, a table."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MATMUL_SIZE = 1024
+COPY_FLOATS = 1 << 25
+RATE_REPEATS = 7
+
+
+class Timed(NamedTuple):
+  """Calls of one function."""
+
+  first_s: float  # of the first, which compiles
+  seconds: list[float]  # of the others
+  results: list[Any]  # of all
+
+
+def in_turn(
+  calls: Mapping[str, Callable[[int], Any]], repeats: int, pause: float = 0.0
+) -> dict[str, Timed]:
+  """Times calls in turn: a first one of each, then so many more.
+
+  Args:
+    calls: by name; each takes the number of the turn.
+    repeats: calls after the first.
+    pause: seconds before a call, in which threads of the one before that still spin go to sleep.
+
+  Returns:
+    By name.
+  """
+  found = {name: ([], []) for name in calls}
+  for turn in range(repeats + 1):
+    for name, call in calls.items():
+      time.sleep(pause)
+      began = time.perf_counter()
+      result = call(turn)
+      seconds, results = found[name]
+      seconds.append(time.perf_counter() - began)
+      results.append(result)
+  return {
+    name: Timed(seconds[0], seconds[1:], results) for name, (seconds, results) in found.items()
+  }
+
+
+def machine() -> str:
+  """The device, in words."""
+  device = jax.devices()[0]
+  return (
+    f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} CPU cores"
+  )
+
+
+def machine_rates() -> dict[str, float]:
+  """The machine's best: float32 matmuls in GFLOP/s, copies in GB/s, read and written."""
+  square, line = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(COPY_FLOATS)
+  matmul, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+  amounts = {"matmul_gflops": 2 * MATMUL_SIZE**3, "copy_gb_s": 2 * line.nbytes}
+  calls = {
+    "matmul_gflops": lambda _: jax.block_until_ready(matmul(square)),
+    "copy_gb_s": lambda _: jax.block_until_ready(copy(line)),
+  }
+  return {
+    name: amounts[name] / statistics.median(timed.seconds) / 1e9
+    for name, timed in in_turn(calls, RATE_REPEATS).items()
+  }
+
+
+def print_columns(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+  """A table of cells, aligned to the right of their columns; the first column is the row's name."""
+  width = max(map(len, rows))
+  widths = [
+    max(len(name), *(len(cells[i]) for cells in rows.values())) for i, name in enumerate(columns)
+  ]
+  for name, cells in {"": columns, **rows}.items():
+    line = "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+    print(f"{name:<{width}}{line}")
