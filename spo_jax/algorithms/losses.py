@@ -5,6 +5,7 @@ averages the means of micro-batches. Whatever stands outside the mask (-1e9, NaN
 a sum nor reaches a gradient.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -189,11 +190,40 @@ def token_logprobs(
 
   def chunk_logprobs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     states, labels = inputs  # [B, C, D], [B, C]
-    logits = _logits(states, unembed, temperature, logit_cap)
-    taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return taken - jax.nn.logsumexp(logits, axis=-1)
+    return _chunk_logprobs(logit_cap, states, unembed, temperature, labels)
 
   return _map_chunks(chunk_logprobs, (hidden, targets), chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk_logprobs(logit_cap: float | None, states, unembed, temperature, labels) -> jax.Array:
+  """[B, C] log-probs of labels; the backward pass knows their gradient, and keeps no logits."""
+  return _chunk_forward(logit_cap, states, unembed, temperature, labels)[0]
+
+
+def _chunk_forward(logit_cap, states, unembed, temperature, labels):
+  logits = _scaled(_products(states, unembed), temperature, logit_cap)
+  log_sum = jax.nn.logsumexp(logits, axis=-1)
+  taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  return taken - log_sum, (states, unembed, temperature, labels, log_sum)
+
+
+def _chunk_backward(logit_cap, kept, d_logprobs):
+  states, unembed, temperature, labels, log_sum = kept
+  products = _products(states, unembed)
+  scale = lambda products, temperature: _scaled(products, temperature, logit_cap)
+  logits, pull = jax.vjp(scale, products, temperature)
+  # Written so that all of it is one pass over the logits.
+  chosen = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
+  d_logits = d_logprobs[..., None] * (chosen - jnp.exp(logits - log_sum[..., None]))
+  d_products, d_temperature = pull(d_logits)
+  d_products = d_products.astype(states.dtype)
+  d_states = jnp.einsum("bcv,dv->bcd", d_products, unembed).astype(states.dtype)
+  d_unembed = jnp.einsum("bcd,bcv->dv", states, d_products).astype(unembed.dtype)
+  return d_states, d_unembed, d_temperature, None
+
+
+_chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
 
 
 def forward_kl(
@@ -246,7 +276,9 @@ def forward_kl(
     return kl.full(ref_logprobs, logprobs)
 
   states = keep(hidden), keep(jax.lax.stop_gradient(ref_hidden))
-  divergence = kl.clip(_map_chunks(chunk_divergence, states, chunk), clip_min, clip_max)
+  # A scan cannot be merged with its own recomputation, so the barrier against it is not needed.
+  recomputed = jax.checkpoint(chunk_divergence, prevent_cse=False)
+  divergence = kl.clip(_map_chunks(recomputed, states, chunk), clip_min, clip_max)
   total, _ = masking.masked_sum_count(divergence, loss_mask)
   return total
 
@@ -258,8 +290,15 @@ def _logits(
   logit_cap: float | None,
 ) -> jax.Array:
   """[B, C, D], [D, V] -> [B, C, V] float32."""
-  logits = jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
-  return soft_cap(logits, logit_cap) / temperature
+  return _scaled(_products(states, unembed), temperature, logit_cap)
+
+
+def _products(states, unembed) -> jax.Array:
+  return jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
+
+
+def _scaled(products, temperature, logit_cap: float | None) -> jax.Array:
+  return soft_cap(products, logit_cap) / temperature
 
 
 def _map_chunks(
@@ -275,7 +314,5 @@ def _map_chunks(
     padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * len(rest)
     return jnp.pad(x, padding).reshape(rows, num_chunks, size, *rest).swapaxes(0, 1)
 
-  # A scan cannot be merged with its own recomputation, so the barrier against it is not needed.
-  remat = jax.checkpoint(fn, prevent_cse=False)
-  mapped = jax.lax.map(remat, tuple(split(x) for x in inputs))
+  mapped = jax.lax.map(fn, tuple(split(x) for x in inputs))
   return mapped.swapaxes(0, 1).reshape(rows, -1)[:, :length]

@@ -257,29 +257,32 @@ def test_forward_kl_sees_the_mask_alone():
     jax.tree.map(np.testing.assert_array_equal, got, clean)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16])
-def test_chunked_logprobs_equal_unchunked_ones(chunk):
+@pytest.mark.parametrize("chunk, cap", [(1, None), (3, None), (16, None), (3, 2.0)])
+def test_chunked_logprobs_equal_unchunked_ones(chunk, cap):
   rng = np.random.default_rng(0)
   hidden = rng.normal(size=(2, 7, 4)).astype(np.float32)
   unembed = rng.normal(size=(4, 11)).astype(np.float32)
   targets = rng.integers(0, 11, (2, 7)).astype(np.int32)
   weights = rng.normal(size=(2, 7)).astype(np.float32)
 
-  def dense(hidden, unembed):
-    logprobs = jax.nn.log_softmax(hidden @ unembed / 0.6)
+  def dense(hidden, unembed, temperature):
+    logits = hidden @ unembed
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    logprobs = jax.nn.log_softmax(logits / temperature)
     return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
 
-  def chunked(hidden, unembed):
-    return losses.token_logprobs(hidden, unembed, targets, chunk=chunk, temperature=0.6)
+  def chunked(hidden, unembed, temperature):
+    return losses.token_logprobs(
+      hidden, unembed, targets, chunk=chunk, temperature=temperature, logit_cap=cap
+    )
 
-  np.testing.assert_allclose(
-    jax.jit(chunked)(hidden, unembed), dense(hidden, unembed), rtol=1e-5, atol=1e-6
-  )
+  inputs = hidden, unembed, 0.6
+  np.testing.assert_allclose(jax.jit(chunked)(*inputs), dense(*inputs), rtol=1e-5, atol=1e-6)
   grads = [
-    jax.jit(jax.grad(lambda h, u, fn=fn: jnp.sum(fn(h, u) * weights), argnums=(0, 1)))
+    jax.jit(jax.grad(lambda *x, fn=fn: jnp.sum(fn(*x) * weights), argnums=(0, 1, 2)))
     for fn in (chunked, dense)
   ]
-  for got, want in zip(*[grad(hidden, unembed) for grad in grads], strict=True):
+  for got, want in zip(*[grad(*inputs) for grad in grads], strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 

@@ -42,11 +42,11 @@ def test_draws_follow_the_truncated_distribution(options):
 def test_truncation_keeps_what_the_oracle_keeps():
   """Over random distributions, with ties, in vocabularies of one block, of several, and padded."""
   rng = np.random.default_rng(0)
-  for V, rows in ((8, 12), (3 * MOST_LANES, 4), (MOST_LANES + 7, 4)):
+  for V, rows in ((8, 4), (3 * MOST_LANES, 2), (MOST_LANES + 7, 2)):
     logits = np.round(rng.normal(size=(rows, V)) * 2).astype(np.float32)
-    for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8), (1, 1.0), (0, 1e-6), (6, 0.3)]:
+    for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8), (0, 1e-6)]:
       kept = [truncated(row, top_k=top_k, top_p=top_p) for row in logits]
-      times = 4000
+      times = 2000
       keys = jax.random.split(jax.random.key(V + top_k), rows * times)
       sampling = SamplingConfig(top_k=top_k, top_p=top_p)
       tokens, _ = sample(keys, np.repeat(logits, times, axis=0), sampling)

@@ -346,3 +346,31 @@ def test_no_array_holds_the_logits_of_a_whole_row():
 
   assert largest(8) == 4 * 8 * vocab
   assert largest(T) == 4 * T * vocab
+
+
+def test_a_long_row_of_a_large_vocabulary_holds_nothing_quadratic():
+  """Compiled at T = 32,768 and V = 151,936, the largest array is one chunk of logits.
+
+  The largest of all, T x T or T x V, would have 1.1 or 5.0 billion numbers.
+  """
+  tokens, vocab, chunk, queries, keys = 32_768, 151_936, 128, 256, 128
+  model = tiny_config(layers=1, vocab_size=vocab, attention="flash", remat=True)
+  state = init_state(tiny_params(model), SGD)
+  *_, small, _ = make_batch()
+  shapes = {
+    "until": (1, 1, tokens // keys, keys),
+    "key_blocks": (1, 1, tokens // queries, tokens // keys),
+    "segments": (1,),
+  }
+  batch = type(small)(
+    *(
+      x if x is None else jax.ShapeDtypeStruct(shapes.get(name, (1, 1, tokens)), x.dtype)
+      for name, x in zip(small._fields, small, strict=True)
+    )
+  )
+  lowered = compiled_step(train_step, state).lower(
+    model, loss_config(logprob_chunk=chunk), SGD, state, batch, jnp.int32(0), jnp.int32(1)
+  )
+  shapes = re.findall(r"(?:pred|[subf]+\d+)\[([\d,]+)\]", lowered.compile().as_text())
+  largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+  assert largest == chunk * vocab
