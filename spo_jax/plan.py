@@ -28,7 +28,7 @@ from spo_jax.models.decoder import DecoderConfig
 from spo_jax.models.families import config_from_hf
 from spo_jax.models.known import KNOWN_MODELS
 from spo_jax.models.pretrained import find_pretrained
-from spo_jax.planning import programs, report
+from spo_jax.planning import minimum, programs, report
 from spo_jax.planning.measure import Measured, measure_all
 from spo_jax.run import new_decoder
 
@@ -41,6 +41,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _CHIP_GIB = flags.DEFINE_float("chip_gib", None, "memory of a chip, in place of the known one")
 _LAYERS = flags.DEFINE_list("layers", [], "two numbers: compile so many, draw a line to the rest")
 _LARGEST = flags.DEFINE_bool("largest", True, "look for the largest packing.rows, rollout.slots")
+_COSTS = flags.DEFINE_bool("costs", False, "compare what programs cost with the least they could")
 _JSON = flags.DEFINE_string("json", None, "file for the plan as JSON")
 
 
@@ -49,7 +50,9 @@ def plan_from_flags() -> int:
   config = from_config_dict(command_line.CONFIG.value, Config)
   topology = open_topology(chosen_topology(_TOPOLOGY.value, config), _CHIP_GIB.value)
   note = lambda text: print(text, file=sys.stderr, flush=True)
-  plan = make_plan(config, topology, _parse_layers(_LAYERS.value), _LARGEST.value, note)
+  plan = make_plan(
+    config, topology, _parse_layers(_LAYERS.value), _LARGEST.value, note, _COSTS.value
+  )
   print("\n".join(report.lines(plan)))
   if _JSON.value:
     try:
@@ -84,6 +87,7 @@ def make_plan(
   layers: tuple[int, ...],
   look_for_largest: bool,
   note: Callable[[str], None],
+  with_costs: bool = False,
 ) -> report.Plan:
   """Compiles the programs of a run for a topology; none, if the state alone does not fit.
 
@@ -93,6 +97,7 @@ def make_plan(
     layers: see `measure_all`.
     look_for_largest: also look for the largest micro-batch and the most slots.
     note: tells the user a line.
+    with_costs: also compare costs with their minimum, see `planning/minimum.py`.
 
   Raises:
     UserError: if the model is unknown, or the config does not go with the machine.
@@ -144,7 +149,12 @@ def make_plan(
         most=decoded_groups(config),
       ),
     ]
-  return report.Plan(setup, topology, layers, [*update, *sampling, *evaluation], largest)
+  costs = []
+  if with_costs:
+    (step,) = compile_(setup, lambda setup: iter([programs.decode_step(setup)]))
+    (train,) = (program for program in update if program.name == "train_step")
+    costs = minimum.costs(setup, step, train)
+  return report.Plan(setup, topology, layers, [*update, *sampling, *evaluation], largest, costs)
 
 
 def planned_decoder(config: Config) -> DecoderConfig:

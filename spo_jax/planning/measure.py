@@ -34,6 +34,12 @@ class Measured:
   compiled: bool = (
     True  # False: the compiler refused it for its memory; temporaries are what it says
   )
+  # As the compiler counts them, the body of a loop once.
+  flops: float = 0.0
+  accessed: float = 0.0  # bytes
+  # Of one layer, where two numbers of them were compiled.
+  layer_flops: float | None = None
+  layer_accessed: float | None = None
 
   @property
   def total(self) -> float:
@@ -43,6 +49,7 @@ class Measured:
 
 
 _SIZES = ("arguments", "outputs", "aliased", "temporaries", "beside")
+_COSTS = ("flops", "accessed")
 
 
 def bytes_per_chip(tree) -> int:
@@ -64,22 +71,26 @@ def measure(program: Program) -> Measured:
   beside = bytes_per_chip(program.beside)
   lowered = program.lower()
   try:
-    sizes = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
   except JaxRuntimeError as error:
     needs = _needed_bytes(str(error))
     if needs is None:
       raise
     seconds = time.perf_counter() - began
     return Measured(program.name, program.phase, seconds, 0, 0, 0, needs, beside, compiled=False)
+  seconds = time.perf_counter() - began
+  sizes, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   return Measured(
     program.name,
     program.phase,
-    time.perf_counter() - began,
+    seconds,
     sizes.argument_size_in_bytes,
     sizes.output_size_in_bytes,
     sizes.alias_size_in_bytes,
     sizes.temp_size_in_bytes,
     beside,
+    flops=cost.get("flops", 0.0),
+    accessed=cost.get("bytes accessed", 0.0),
   )
 
 
@@ -135,6 +146,9 @@ def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> 
     one, other = getattr(a, name), getattr(b, name)
     return max(one + share * (other - one), one, other)
 
-  line = {name: size(name) for name in _SIZES}
+  line = {name: size(name) for name in (*_SIZES, *_COSTS)}
   compiled = a.compiled and b.compiled
+  if compiled:
+    of_layer = lambda name: (getattr(b, name) - getattr(a, name)) / (layers[1] - layers[0])
+    line |= {f"layer_{name}": of_layer(name) for name in _COSTS}
   return dataclasses.replace(a, **line, seconds=a.seconds + b.seconds, compiled=compiled)

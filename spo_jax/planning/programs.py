@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
-from spo_jax.models.decoder import DecoderConfig, init_params
+from spo_jax.models.decoder import DecoderConfig, cast_weights, init_params
 from spo_jax.run import make_sampler
 from spo_jax.sampling import decoding, verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
@@ -186,30 +186,90 @@ def update_programs(setup: Setup) -> Iterator[Program]:
 
 def sampling_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
-  config = setup.config
-  rollout = config.rollout
+  rollout = setup.config.rollout
   sampler = _sampler(setup, truncate=True)
-  prompt = rollout.max_prompt_tokens
-  yield _prefill(setup, "sampling", rollout.prompts, prompt)
-  if rollout.strategy == "chain":
-    n, longest = rollout.samples, rollout.max_response_tokens
-    chain = _Level(rollout.prompts, n, prompt, longest, keep_cache=True)
-    yield _decode(setup, sampler, "sampling", "decode", chain)
-    yield _extend(setup, sampler, chain)
-    trajectories, probes = rollout.prompts * n, rollout.cuts_per_group * rollout.probes
-    probing = _Level(
-      trajectories, probes, prompt + longest, longest, keep_cache=False, any_rows=True
-    )
-    yield _decode(setup, sampler, "sampling", "decode probes", probing)
-    return
-  depth = len(config.branches)
-  for i, (n, budget) in enumerate(zip(config.branches, config.budgets, strict=True)):
-    rows = rollout.prompts * math.prod(config.branches[:i])
-    level = _Level(rows, n, prompt + sum(config.budgets[:i]), budget, keep_cache=i < depth - 1)
-    label = f" level {i + 1}" if depth > 1 else ""
+  yield _prefill(setup, "sampling", rollout.prompts, rollout.max_prompt_tokens)
+  for label, level in decoded_levels(setup.config):
     yield _decode(setup, sampler, "sampling", "decode" + label, level)
     if level.keep_cache:
-      yield _extend(setup, sampler, level, label)
+      yield _extend(setup, sampler, level, label if rollout.strategy != "chain" else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """A call of `decode`: n continuations of each of R prefixes of P tokens."""
+
+  rows: int
+  n: int
+  prefix: int
+  budget: int
+  keep_cache: bool
+  any_rows: bool = False  # groups continue any prefixes, not each its own
+
+
+def decoded_levels(config: Config) -> list[tuple[str, Level]]:
+  """The calls of `decode` of an iteration in their order, each with a label."""
+  rollout, prompt = config.rollout, config.rollout.max_prompt_tokens
+  if rollout.strategy == "chain":
+    n, longest = rollout.samples, rollout.max_response_tokens
+    probes = rollout.cuts_per_group * rollout.probes
+    chain = Level(rollout.prompts, n, prompt, longest, keep_cache=True)
+    trajectories = rollout.prompts * n
+    probing = Level(trajectories, probes, prompt + longest, longest, False, any_rows=True)
+    return [("", chain), (" probes", probing)]
+  depth, levels = len(config.branches), []
+  for i, (n, budget) in enumerate(zip(config.branches, config.budgets, strict=True)):
+    rows = rollout.prompts * math.prod(config.branches[:i])
+    level = Level(rows, n, prompt + sum(config.budgets[:i]), budget, keep_cache=i < depth - 1)
+    levels.append((f" level {i + 1}" if depth > 1 else "", level))
+  return levels
+
+
+def decode_step(setup: Setup) -> Program:
+  """One step of the last and largest call of `decode`, at a full suffix.
+
+  A part of that program, for its cost: what the compiler tells of a loop is that of one turn, and
+  of the whole program no part is told.
+  """
+  _, level = decoded_levels(setup.config)[-1]
+  decode_cfg = _sampler(setup, truncate=True).decode_config(level.budget, level.keep_cache)
+  cfg = dataclasses.replace(setup.model, gather=None)
+  E, ring = decoded_at_once(setup.config, level), decoded_in_ring(setup.config, level)
+  sizes = [level.budget] if ring else decode_cfg.chunks()
+  params = abstract_params(setup)
+  weights = jax.eval_shape(lambda p: cast_weights(cfg, p), params)
+  groups = _groups(setup, E, level.n, False)
+  state = jax.eval_shape(lambda groups: decoding._enter(decode_cfg, groups), groups)
+  empty = lambda size: decoding._empty_chunks(cfg, decode_cfg, E, level.n, size)
+  chunks = [_in_rows(setup, jax.eval_shape(lambda size=size: empty(size))) for size in sizes]
+  full = tuple(zip(*chunks[:-1], strict=True)) or ((),) * cfg.layers
+
+  def step(params, prefix, state, full, last, time):
+    return decoding._step(cfg, decode_cfg, params, prefix, state, full, last, time, ring=ring)
+
+  return Program(
+    "decode step",
+    "sampling",
+    lambda: jax.jit(step, donate_argnums=(2, 4)).lower(
+      _placed(weights, jax.tree.map(lambda x: x.sharding, params)),
+      _prefix(setup, E, level.prefix),
+      _in_rows(setup, state),
+      full,
+      chunks[-1],
+      jax.ShapeDtypeStruct((), jnp.int32),
+    ),
+    beside=(),
+  )
+
+
+def decoded_at_once(config: Config, level: Level) -> int:
+  """Groups that are decoded at a time."""
+  return min(config.rollout.slots, level.rows)
+
+
+def decoded_in_ring(config: Config, level: Level) -> bool:
+  """Whether waiting groups enter one by one, so that `decode` has one ring and no chunks."""
+  return config.rollout.slots < level.rows and config.rollout.refill_share < 1
 
 
 def evaluation_programs(setup: Setup) -> Iterator[Program]:
@@ -219,7 +279,7 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
   sampler = _sampler(setup, truncate=False)
   prompt = config.rollout.max_prompt_tokens
   yield _prefill(setup, "evaluation", batch, prompt)
-  level = _Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
+  level = Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
   yield _decode(setup, sampler, "evaluation", "decode", level)
 
 
@@ -228,18 +288,6 @@ def _sampler(setup: Setup, truncate: bool) -> Sampler:
   return make_sampler(
     rollout, setup.model, setup.mesh, STOP_IDS, temperature=rollout.temperature, truncate=truncate
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Level:
-  """A call of `decode`: n continuations of each of R prefixes of P tokens."""
-
-  rows: int
-  n: int
-  prefix: int
-  budget: int
-  keep_cache: bool
-  any_rows: bool = False  # groups continue any prefixes, not each its own
 
 
 def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
@@ -258,7 +306,7 @@ def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
   )
 
 
-def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: _Level) -> Program:
+def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: Level) -> Program:
   state = abstract_state(setup)
   decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
   prefix = _prefix(setup, level.rows, level.prefix)
@@ -276,7 +324,7 @@ def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: _Level
   )
 
 
-def _extend(setup: Setup, sampler: Sampler, level: _Level, label: str = "") -> Program:
+def _extend(setup: Setup, sampler: Sampler, level: Level, label: str = "") -> Program:
   decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
   empty = lambda: decoding.empty_segments(setup.model, decode_cfg, level.rows, level.n)
   index = jax.ShapeDtypeStruct((level.rows * level.n,), jnp.int32)

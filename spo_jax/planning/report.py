@@ -9,6 +9,7 @@ import jax
 from spo_jax.infra.mesh import row_shards
 from spo_jax.infra.topology import GIB, Topology
 from spo_jax.planning.measure import Measured, bytes_per_chip
+from spo_jax.planning.minimum import Cost
 from spo_jax.planning.programs import Setup, abstract_state
 
 MIB = 2**20
@@ -40,6 +41,7 @@ class Plan:
   layers: tuple[int, ...]  # that were compiled, if not the model's own
   programs: Sequence[Measured]
   largest: Sequence[Largest]
+  costs: Sequence[Cost] = ()
 
   def fits(self, program: Measured) -> bool:
     """Whether a chip has room for a program and for what must lie beside it."""
@@ -99,6 +101,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
       dataclasses.asdict(p) | {"total": p.total, "fits": plan.fits(p)} for p in plan.programs
     ],
     "largest": [dataclasses.asdict(entry) for entry in plan.largest],
+    "costs": [dataclasses.asdict(cost) | {"ratio": cost.ratio} for cost in plan.costs],
     "parameters": parameters(plan.setup),
     "fits": plan.all_fit,
   }
@@ -134,6 +137,8 @@ def lines(plan: Plan) -> list[str]:
     out += ["", "beside: what lies on the chip meanwhile and is no argument of the program", ""]
   out += [_largest_line(entry, size, name) for entry in plan.largest]
   out += [""] if plan.largest else []
+  if plan.costs:
+    out += [*_aligned([("cost", "unit", "found", "minimum", "ratio"), *map(_cost, plan.costs)]), ""]
   rows = [("parameter", "count", "shape", "split over", "on a chip")]
   text = lambda values: " x ".join(str(value) for value in values)
   for kind in parameters(setup):
@@ -148,6 +153,11 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
   widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
   align = lambda cell, i: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])
   return ["  ".join(align(cell, i) for i, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def _cost(cost: Cost) -> tuple[str, ...]:
+  row = (cost.name, cost.unit, f"{cost.found:.4g}")
+  return row + (("", "") if cost.minimum is None else (f"{cost.minimum:.4g}", f"{cost.ratio:.2f}"))
 
 
 def _largest_line(entry: Largest, size, name: str) -> str:

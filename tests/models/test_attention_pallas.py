@@ -150,7 +150,8 @@ def test_what_is_split_already_is_not_gathered():
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "prefill"])
 def test_a_decoder_on_a_mesh_computes_with_the_kernels(monkeypatch, packed):
   """Its attention knows the mesh; a window is that of the layer."""
-  monkeypatch.setitem(attention._FUNCTIONS, "pallas", (interval_attention, causal_attention))
+  interpreted = tuple(functools.partial(f, interpret=True) for f in attention._FUNCTIONS["pallas"])
+  monkeypatch.setitem(attention._FUNCTIONS, "pallas", interpreted)
   monkeypatch.setattr(pallas, "CAUSAL_BLOCK", 8)
   kinds = (LayerKind(Rope(1e4, "exact")), LayerKind(Rope(1e4, "exact"), window=4))
   tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 16)).astype(np.int32)
