@@ -32,8 +32,7 @@ import jax
 
 from benchmarks import peers
 from benchmarks.iteration_engines import Job
-from benchmarks.timing import machine, machine_rates, print_columns
-from spo_jax.command_line import USER_ERROR_STATUS
+from benchmarks.timing import add_model_arguments, machine, machine_rates, print_columns, run
 from spo_jax.errors import UserError
 from spo_jax.infra.metrics import read_metrics
 
@@ -50,10 +49,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  add_model_arguments(parser)
   add = functools.partial(parser.add_argument, type=int)
-  add("--layers", default=4)
-  add("--width", default=256)
-  add("--vocab", default=8192)
   add("--prompts", default=4, help="of an iteration")
   add("--samples", default=4, help="responses of a prompt")
   add("--prompt", default=64, help="tokens of a prompt")
@@ -210,14 +207,8 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Measures and prints; a mistake is told in one line."""
-  args = parse_args(argv)
-  try:
-    measure(args)
-  except UserError as error:
-    print(f"iteration: {error}", file=sys.stderr)
-    return USER_ERROR_STATUS
-  return 0
+  """Measures and prints; returns the exit status."""
+  return run("iteration", measure, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,30 +23,24 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.peer_trainers import EPSILON, TRAINERS, Rows
-from benchmarks.timing import in_turn, machine, machine_rates, print_columns
-from spo_jax.command_line import USER_ERROR_STATUS
-from spo_jax.config import Config
-from spo_jax.errors import UserError
+from benchmarks.timing import (
+  add_model_arguments,
+  in_turn,
+  machine,
+  machine_rates,
+  print_columns,
+  run,
+)
+from spo_jax.config import Config, OptimizerConfig
 from spo_jax.forest import ForestBuilder
 from spo_jax.learner import loss_config
 from spo_jax.models.attention import BACKENDS
 from spo_jax.models.decoder import count_params
 from spo_jax.training.objective import LossConfig
-from spo_jax.training.optimizer import OptimizerConfig
 from spo_jax.training.packing import PackConfig, PackedForest, pack
 from spo_jax.training.step import init_state, train_step
 
-OPTIMIZER = OptimizerConfig(
-  learning_rate=1e-4,
-  warmup_steps=0,
-  decay_steps=0,
-  decay="cosine",
-  clip_norm=1.0,
-  weight_decay=0.01,
-  b1=0.9,
-  b2=0.95,
-  eps=1e-8,
-)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)
 # Of the first losses, and of those after an update: Adam divides the smallest gradients by their
 # own size, rounding included.
 TOLERANCES = (1e-4, 1e-3)
@@ -142,11 +135,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  add_model_arguments(parser)
   add = functools.partial(parser.add_argument, type=int)
   add("--plain", nargs=2, metavar=("ROWS", "TOKENS"), required=True)
-  add("--layers", default=4)
-  add("--width", default=256)
-  add("--vocab", default=8192)
   add("--micro-rows", default=1, help="ours: rows of a micro-batch; on a CPU few are best")
   add("--block", default=0, help="ours: queries and keys of an attention block; 0: a row")
   add("--chunk", default=256, help="ours: tokens a row that are unembedded at a time")
@@ -214,11 +205,5 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Measures and prints; a mistake is told in one line."""
-  args = parse_args(argv)
-  try:
-    measure(args)
-  except UserError as error:
-    print(f"update: {error}", file=sys.stderr)
-    return USER_ERROR_STATUS
-  return 0
+  """Measures and prints; returns the exit status."""
+  return run("update", measure, parse_args(argv))

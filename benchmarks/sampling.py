@@ -24,8 +24,14 @@ import jax
 import numpy as np
 
 from benchmarks.peers import PEERS, Peer, load, random_model
-from benchmarks.timing import in_turn, machine, machine_rates, print_columns
-from spo_jax.command_line import USER_ERROR_STATUS
+from benchmarks.timing import (
+  add_model_arguments,
+  in_turn,
+  machine,
+  machine_rates,
+  print_columns,
+  run,
+)
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models.decoder import DecoderConfig, count_params
@@ -90,10 +96,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  add_model_arguments(parser)
   add = functools.partial(parser.add_argument, type=int)
-  add("--layers", default=4)
-  add("--width", default=256)
-  add("--vocab", default=8192)
   add("--prompt", default=64, help="tokens of a prompt")
   add("--new", default=128, help="tokens of a continuation, or of a tree's segment")
   add("--batch", nargs="+", default=[64], help="continuations in all; with --tree, prompts")
@@ -169,14 +173,8 @@ def print_table(record: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Measures and prints; a mistake is told in one line."""
-  args = parse_args(argv)
-  try:
-    measure(args)
-  except UserError as error:
-    print(f"sampling: {error}", file=sys.stderr)
-    return USER_ERROR_STATUS
-  return 0
+  """Measures and prints; returns the exit status."""
+  return run("sampling", measure, parse_args(argv))
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -1,14 +1,19 @@
 """What the benchmarks share: the machine in words and numbers, calls timed in turn, a table."""
 
+import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from spo_jax.command_line import USER_ERROR_STATUS
+from spo_jax.errors import UserError
 
 MATMUL_SIZE = 1024
 COPY_FLOATS = 1 << 25
@@ -71,6 +76,22 @@ def machine_rates() -> dict[str, float]:
     name: amounts[name] / statistics.median(timed.seconds) / 1e9
     for name, timed in in_turn(calls, RATE_REPEATS).items()
   }
+
+
+def run(name: str, measure: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+  """Calls a benchmark; a mistake is told in one line. Returns the exit status."""
+  try:
+    measure(args)
+  except UserError as error:
+    print(f"{name}: {error}", file=sys.stderr)
+    return USER_ERROR_STATUS
+  return 0
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+  """The size of the random model."""
+  for name, size in (("--layers", 4), ("--width", 256), ("--vocab", 8192)):
+    parser.add_argument(name, type=int, default=size)
 
 
 def print_columns(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:

@@ -29,30 +29,20 @@ from flax import linen as nn
 from benchmarks import plain_update
 from benchmarks.timing import machine, print_columns
 from spo_jax.algorithms import losses
-from spo_jax.config import Config
+from spo_jax.config import Config, OptimizerConfig
 from spo_jax.forest import Forest, ForestBuilder
 from spo_jax.learner import loss_config
 from spo_jax.models.attention import BACKENDS
 from spo_jax.models.decoder import DecoderConfig, LayerKind, forward, init_params, unembedding
 from spo_jax.models.rope import Rope
 from spo_jax.training.objective import LossConfig
-from spo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.step import TrainState, compiled_step, init_state, train_step
 
 # Adam with a huge epsilon, for comparing gradients: its first update is the gradient times 1000,
 # which rounding of the parameters does not hide.
-OPTIMIZER = OptimizerConfig(
-  learning_rate=1e11,
-  warmup_steps=0,
-  decay_steps=0,
-  decay="cosine",
-  clip_norm=1e9,
-  weight_decay=0.0,
-  b1=0.9,
-  b2=0.95,
-  eps=1e8,
-)
+OPTIMIZER = OptimizerConfig(learning_rate=1e11, clip_norm=1e9, eps=1e8)
 
 
 def full_tree(branches: list[int], segment: int, prompt: int, vocab: int) -> Forest:

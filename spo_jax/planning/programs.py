@@ -19,7 +19,7 @@ from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
 from spo_jax.models.decoder import DecoderConfig, cast_weights, init_params
 from spo_jax.run import make_sampler
-from spo_jax.sampling import decoding, verbs
+from spo_jax.sampling import stepping, verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
 from spo_jax.training.objective import VALUE_HEAD
 from spo_jax.training.packing import PackConfig, PackedForest
@@ -239,13 +239,13 @@ def decode_step(setup: Setup) -> Program:
   params = abstract_params(setup)
   weights = jax.eval_shape(lambda p: cast_weights(cfg, p), params)
   groups = _groups(setup, E, level.n, False)
-  state = jax.eval_shape(lambda groups: decoding._enter(decode_cfg, groups), groups)
-  empty = lambda size: decoding._empty_chunks(cfg, decode_cfg, E, level.n, size)
+  state = jax.eval_shape(lambda groups: stepping.enter(decode_cfg, groups), groups)
+  empty = lambda size: stepping.empty_chunks(cfg, decode_cfg, E, level.n, size)
   chunks = [_in_rows(setup, jax.eval_shape(lambda size=size: empty(size))) for size in sizes]
   full = tuple(zip(*chunks[:-1], strict=True)) or ((),) * cfg.layers
 
   def step(params, prefix, state, full, last, time):
-    return decoding._step(cfg, decode_cfg, params, prefix, state, full, last, time, ring=ring)
+    return stepping.decode_step(cfg, decode_cfg, params, prefix, state, full, last, time, ring=ring)
 
   return Program(
     "decode step",
@@ -326,7 +326,7 @@ def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: Level)
 
 def _extend(setup: Setup, sampler: Sampler, level: Level, label: str = "") -> Program:
   decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
-  empty = lambda: decoding.empty_segments(setup.model, decode_cfg, level.rows, level.n)
+  empty = lambda: stepping.empty_segments(setup.model, decode_cfg, level.rows, level.n)
   index = jax.ShapeDtypeStruct((level.rows * level.n,), jnp.int32)
   return Program(
     "extend" + label,

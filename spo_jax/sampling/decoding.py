@@ -5,14 +5,10 @@ of a wave begin together: their suffix is written chunk by chunk, and a step rea
 have begun, not those to come. Else a group that is done leaves and a waiting one enters: the suffix
 is one ring of slots then, since groups are of all ages.
 
-Every draw depends on the continuation's own key and step, so a result does not depend on the order,
-the number or the placement of the groups.
-
-Axis letters, beside those of `verbs`: E groups being decoded, V vocabulary.
+Axis letters, beside those of `verbs`: E groups being decoded.
 """
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,48 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split
-from spo_jax.models.attention import DecodeContext, LayerCache, attend_decode
-from spo_jax.models.decoder import DecoderConfig, cast_weights, forward, token_logits
-from spo_jax.sampling.token import SamplingConfig, sample_token
+from spo_jax.models.decoder import DecoderConfig, cast_weights
+from spo_jax.sampling.stepping import (
+  DecodeConfig,
+  State,
+  decode_step,
+  empty_chunks,
+  empty_segments,
+  enter,
+  segments_of,
+)
 from spo_jax.sampling.verbs import NO_GROUP, Groups, Prefix, Segments
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-  """Static arguments of `decode`."""
-
-  max_new_tokens: int  # S
-  slots: int  # E, groups decoded at a time; more groups wait
-  refill_share: float  # waiting groups enter when this share of the slots is idle; 1: in waves
-  suffix_chunks: int  # chunks that the suffix of a wave is written in, each a loop to compile
-  stop_ids: tuple[int, ...]  # tokens that end a continuation
-  sampling: SamplingConfig
-  keep_cache: bool  # return the suffixes' keys and values, for `extend`
-  rows: NamedSharding | None = None  # how groups are split over a mesh; None leaves it open
-
-  def chunks(self) -> list[int]:
-    """Slots of each chunk of a suffix; they add up to S."""
-    size = -(-self.max_new_tokens // self.suffix_chunks)
-    whole, rest = divmod(self.max_new_tokens, size)
-    return [size] * whole + [rest] * (rest > 0)
-
-
-class _State(NamedTuple):
-  """Groups being decoded, without their keys and values."""
-
-  starts: jax.Array  # [E, n]
-  limits: jax.Array  # [E, n]
-  keys: jax.Array  # [E, n]
-  fed: jax.Array  # [E, n] int32, the token that the next step feeds
-  steps: jax.Array  # [E] int32, steps that the group has taken
-  lengths: jax.Array  # [E, n] int32
-  finished: jax.Array  # [E, n] bool
-  tokens: jax.Array  # [E, n, S] int32, a ring as the keys and values are
-  logprobs: jax.Array  # [E, n, S] float32
-
-  def running(self) -> jax.Array:
-    """[E, n] bool, continuations that still draw."""
-    return ~self.finished & (self.lengths < self.limits)
 
 
 def decode(
@@ -95,7 +60,7 @@ def _wave(
 ) -> Segments:
   """Groups that begin together, each at its own prefix."""
   E, n = groups.starts.shape
-  state = _enter(decode_cfg, groups)
+  state = enter(decode_cfg, groups)
   full = ((),) * cfg.layers
   time, end = jnp.zeros((), jnp.int32), 0
   for size in decode_cfg.chunks():
@@ -107,14 +72,16 @@ def _wave(
 
     def step(carry, full=full):
       state, last, time = carry
-      state, last = _step(cfg, decode_cfg, params, prefix, state, full, last, time, ring=False)
+      state, last = decode_step(
+        cfg, decode_cfg, params, prefix, state, full, last, time, ring=False
+      )
       return state, last, time + 1
 
-    last = _empty_chunks(cfg, decode_cfg, E, n, size)
+    last = empty_chunks(cfg, decode_cfg, E, n, size)
     state, last, time = jax.lax.while_loop(more, step, (state, last, time))
     full = tuple((*chunks, chunk) for chunks, chunk in zip(full, last, strict=True))
   first = jnp.zeros((E,), jnp.int32)
-  return _segments(decode_cfg, state, first, full)
+  return segments_of(decode_cfg, state, first, full)
 
 
 def _in_waves(
@@ -146,7 +113,7 @@ class _Slots(NamedTuple):
   group: jax.Array  # [E] int32, index into the groups; NO_GROUP when idle
   first: jax.Array  # [E] int32, slot of the ring that the group's first fed token has
   prefix: Prefix  # of E rows
-  state: _State
+  state: State
   ring: tuple  # per layer (keys, values), a chunk of S slots
 
 
@@ -167,8 +134,8 @@ def _refilled(
     group=jnp.full((E,), NO_GROUP, jnp.int32),
     first=jnp.zeros((E,), jnp.int32),
     prefix=jax.tree.map(lambda x: jnp.zeros((E, *x.shape[1:]), x.dtype), prefix),
-    state=_enter(decode_cfg, nobody),
-    ring=_empty_chunks(cfg, decode_cfg, E, n, S),
+    state=enter(decode_cfg, nobody),
+    ring=empty_chunks(cfg, decode_cfg, E, n, S),
   )
   done = empty_segments(cfg, dataclasses.replace(decode_cfg, suffix_chunks=1), Q, n)
 
@@ -176,7 +143,7 @@ def _refilled(
     idle_E = ~slots.state.running().any(-1)
     leaving_E = jnp.where(idle_E & (slots.group >= 0), slots.group, Q)
     of_ring = tuple((chunk,) for chunk in slots.ring)
-    leaving = _segments(decode_cfg, slots.state, slots.first, of_ring)
+    leaving = segments_of(decode_cfg, slots.state, slots.first, of_ring)
     done = _put(done, leaving_E, leaving, decode_cfg.rows)
     entering_E = entered + jnp.cumsum(idle_E) - 1
     entering_E = jnp.where(idle_E & (entering_E < wanted), entering_E, NO_GROUP).astype(jnp.int32)
@@ -196,7 +163,9 @@ def _refilled(
     def step(carry):
       state, ring, time = carry
       none = ((),) * cfg.layers
-      state, ring = _step(cfg, decode_cfg, params, slots.prefix, state, none, ring, time, ring=True)
+      state, ring = decode_step(
+        cfg, decode_cfg, params, slots.prefix, state, none, ring, time, ring=True
+      )
       return state, ring, time + 1
 
     state, ring, time = jax.lax.while_loop(more, step, (slots.state, slots.ring, time))
@@ -233,143 +202,9 @@ def _admit(
   slots = slots._replace(
     first=choose(jnp.full_like(slots.first, time % decode_cfg.max_new_tokens), slots.first),
     prefix=Prefix(positions, tuple(cache)),
-    state=jax.tree.map(choose, _enter(decode_cfg, entering), slots.state),
+    state=jax.tree.map(choose, enter(decode_cfg, entering), slots.state),
   )
   return keep_rows_split(slots, decode_cfg.rows)
-
-
-def _step(
-  cfg: DecoderConfig,
-  decode_cfg: DecodeConfig,
-  params,
-  prefix: Prefix,
-  state: _State,
-  full: tuple,
-  last: tuple,
-  time: jax.Array,
-  *,
-  ring: bool,
-) -> tuple[_State, tuple]:
-  """One token for every continuation; those that are done draw what nobody reads.
-
-  Args:
-    cfg: decoder geometry.
-    decode_cfg: static arguments.
-    params: parameters.
-    prefix: of the E groups.
-    state: of the E groups.
-    full: per layer, the chunks of the suffix that are full.
-    last: per layer, the chunk that this step writes.
-    time: scalar, steps since the first group began.
-    ring: whether groups begin at different times, so that slots are written again.
-
-  Returns:
-    (state, the last chunks).
-  """
-  S = decode_cfg.max_new_tokens
-  E, n = state.fed.shape
-  slot = time % S
-  sizes = [values.shape[2] for _, values in (*full[0], last[0])]
-  begins = [0, *itertools.accumulate(sizes[:-1])]
-  writes_E = state.steps < S if ring else None  # a group that is done keeps its suffix
-  context = DecodeContext(
-    visible=state.starts - 1,
-    prefix_positions=prefix.positions,
-    ages=tuple(
-      (slot - begin - jnp.arange(size)) % S for begin, size in zip(begins, sizes, strict=True)
-    ),
-    steps=state.steps,
-    slot=slot - begins[-1],
-    writes=writes_E,
-  )
-  caches = tuple(map(LayerCache, prefix.cache, full, last))
-  positions_Exn = state.starts - 1 + state.steps[:, None]
-  hidden, last = forward(
-    cfg,
-    attend_decode,
-    params,
-    state.fed.reshape(-1, 1),
-    positions_Exn.reshape(-1, 1),
-    context,
-    caches,
-    longest=prefix.positions.shape[1] + S,
-  )
-  logits = token_logits(cfg, params, hidden[:, 0])
-  keys = jax.vmap(jax.random.fold_in)(state.keys.reshape(-1), jnp.repeat(state.steps, n))
-  tokens, logprobs = sample_token(keys, logits, decode_cfg.sampling)
-  tokens_Exn, logprobs_Exn = tokens.reshape(E, n), logprobs.reshape(E, n)
-
-  def put(store_ExnxS, new_Exn):
-    new_Exnx1 = new_Exn[..., None]
-    if writes_E is not None:
-      old = jax.lax.dynamic_slice_in_dim(store_ExnxS, slot, 1, axis=2)
-      new_Exnx1 = jnp.where(writes_E[:, None, None], new_Exnx1, old)
-    return jax.lax.dynamic_update_slice_in_dim(store_ExnxS, new_Exnx1, slot, axis=2)
-
-  running_Exn = state.running()
-  stops_Exn = jnp.isin(tokens_Exn, jnp.array(decode_cfg.stop_ids))
-  state = state._replace(
-    fed=tokens_Exn,
-    steps=state.steps + 1,
-    lengths=state.lengths + running_Exn,
-    finished=state.finished | (running_Exn & stops_Exn),
-    tokens=put(state.tokens, tokens_Exn),
-    logprobs=put(state.logprobs, logprobs_Exn),
-  )
-  return state, last
-
-
-def empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int) -> Segments:
-  """Segments [groups, n] of no tokens, with their cache if that is kept."""
-  shape = (groups, n, decode_cfg.max_new_tokens)
-  chunks = [_empty_chunks(cfg, decode_cfg, groups, n, size) for size in decode_cfg.chunks()]
-  return Segments(
-    tokens=jnp.zeros(shape, jnp.int32),
-    logprobs=jnp.zeros(shape, jnp.float32),
-    lengths=jnp.zeros(shape[:2], jnp.int32),
-    finished=jnp.zeros(shape[:2], bool),
-    first=jnp.zeros(shape[:1], jnp.int32),
-    cache=tuple(zip(*chunks, strict=True)) if decode_cfg.keep_cache else (),
-  )
-
-
-def _empty_chunks(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int, size: int):
-  """Per layer, keys and values of a chunk."""
-  shape = (groups * n, cfg.kv_heads)
-  pair = lambda: (
-    jnp.zeros((*shape, cfg.head_dim, size), cfg.dtype),
-    jnp.zeros((*shape, size, cfg.head_dim), cfg.dtype),
-  )
-  return keep_rows_split(tuple(pair() for _ in range(cfg.layers)), decode_cfg.rows)
-
-
-def _enter(decode_cfg: DecodeConfig, groups: Groups) -> _State:
-  """Groups at their beginning."""
-  E, n = groups.starts.shape
-  shape = (E, n, decode_cfg.max_new_tokens)
-  return _State(
-    starts=groups.starts,
-    limits=groups.limits,
-    keys=groups.keys,
-    fed=groups.fed,
-    steps=jnp.zeros((E,), jnp.int32),
-    lengths=jnp.zeros((E, n), jnp.int32),
-    finished=jnp.zeros((E, n), bool),
-    tokens=jnp.zeros(shape, jnp.int32),
-    logprobs=jnp.zeros(shape, jnp.float32),
-  )
-
-
-def _segments(decode_cfg: DecodeConfig, state: _State, first, chunks: tuple) -> Segments:
-  """What groups have drawn."""
-  return Segments(
-    tokens=state.tokens,
-    logprobs=state.logprobs,
-    lengths=state.lengths,
-    finished=state.finished,
-    first=first,
-    cache=chunks if decode_cfg.keep_cache else (),
-  )
 
 
 def _wanted(groups: Groups) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import keep_rows_split, row_sharding, row_shards, shard_rows
 from spo_jax.models.decoder import DecoderConfig
-from spo_jax.sampling import decoding, verbs
+from spo_jax.sampling import decoding, stepping, verbs
 from spo_jax.sampling.token import SamplingConfig
 
 
@@ -49,9 +49,9 @@ class Sampler:
     decode_cfg = self.decode_config(max_new_tokens, keep_cache)
     return jit_decode(self.cfg, decode_cfg, params, prefix, shard_rows(self.mesh, groups))
 
-  def decode_config(self, max_new_tokens: int, keep_cache: bool) -> decoding.DecodeConfig:
+  def decode_config(self, max_new_tokens: int, keep_cache: bool) -> stepping.DecodeConfig:
     """Static arguments of `decoding.decode`."""
-    return decoding.DecodeConfig(
+    return stepping.DecodeConfig(
       max_new_tokens=max_new_tokens,
       slots=self.slots,
       refill_share=self.refill_share,

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from spo_jax.infra.mesh import PARAM_RULES
 from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
-from spo_jax.models.decoder import count_params, forward, init_params, unembedding
+from spo_jax.models.decoder import cast_weights, count_params, forward, init_params, unembedding
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.training.key_blocks import visible_blocks
 from tests.models.test_attention import ancestors, random_row
@@ -122,3 +122,14 @@ def test_parameters_are_counted_and_every_matrix_has_logical_axes():
     assert set(named) <= set(PARAM_RULES) and len(named) == min(box.value.ndim, 2)
     mesh_axes = [PARAM_RULES[name] for name in named]
     assert len(set(mesh_axes)) == len(mesh_axes)
+
+
+def test_cast_weights_change_no_result_and_leave_norms_alone(tokens):
+  cfg = tiny_config(dtype="bfloat16")
+  # Numbers of which bfloat16 loses digits.
+  uneven = lambda x: x + 1e-3 * jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) / x.size
+  params = jax.tree.map(uneven, tiny_params(cfg))
+  cast = cast_weights(cfg, params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(cast):
+    assert leaf.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
+  np.testing.assert_array_equal(run(cfg, cast, tokens), run(cfg, params, tokens))

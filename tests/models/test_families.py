@@ -22,7 +22,7 @@ from spo_jax.models.decoder import forward, token_logits
 from spo_jax.models.export import export_model
 from spo_jax.models.families import config_from_hf, hf_shape, parameter_table, to_hf
 from spo_jax.models.pretrained import find_pretrained, load_params
-from spo_jax.sampling import decoding, verbs
+from spo_jax.sampling import decoding, stepping, verbs
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.training.key_blocks import visible_blocks
 from spo_jax.training.packing import PackedForest
@@ -202,7 +202,7 @@ def test_sampled_logprobs_are_the_trained_ones():
     fed=tokens[:, -1:],
     keys=jax.random.split(jax.random.key(0), (1, 1)),
   )
-  decode_cfg = decoding.DecodeConfig(
+  decode_cfg = stepping.DecodeConfig(
     max_new_tokens=S,
     slots=1,
     refill_share=1.0,

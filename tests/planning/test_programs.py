@@ -11,8 +11,8 @@ from spo_jax.infra.mesh import shard_batch, shard_rows
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.planning import programs
 from spo_jax.run import make_sampler
-from spo_jax.sampling import decoding, strategies, verbs
 from spo_jax.sampling import sampler as samplers
+from spo_jax.sampling import stepping, strategies, verbs
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.step import init_state
 from tests.planning.setups import CONFIG, MODEL, setup_of
@@ -65,7 +65,7 @@ def test_the_updates_of_every_method_are_lowered(sections, names):
 class Recorder:
   """Stands for a jitted verb: notes what it is called or lowered with."""
 
-  static = (DecoderConfig, decoding.DecodeConfig, NamedSharding)
+  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding)
 
   def __init__(self, name, calls, result=None):
     self.name, self.calls, self.result = name, calls, result
@@ -92,7 +92,7 @@ def pretend_verbs(setup):
     return shard_rows(setup.mesh, zeros(verb, params, tokens, lengths))
 
   def decode(cfg, decode_cfg, params, prefix, groups):
-    segments = zeros(lambda: decoding.empty_segments(cfg, decode_cfg, *groups.starts.shape))
+    segments = zeros(lambda: stepping.empty_segments(cfg, decode_cfg, *groups.starts.shape))
     segments = segments._replace(lengths=np.asarray(groups.limits), tokens=segments.tokens + 2)
     segments = segments if decode_cfg.keep_cache else segments._replace(cache=())
     return shard_rows(setup.mesh, segments)

@@ -261,7 +261,7 @@ def test_steps_end_with_the_longest_continuation(params, prefix, groups, monkeyp
   groups = groups._replace(limits=np.minimum(np.full_like(groups.limits, S), most))
   decode_cfg = sampler(slots=slots, refill_share=1.0 if slots == 64 else 0.9)
   decode_cfg = dataclasses.replace(decode_cfg, stop_ids=(VOCAB,)).decode_config(S, False)
-  taken = counted(monkeypatch, "_step")
+  taken = counted(monkeypatch, "decode_step")
   run_decode(params, prefix, groups, decode_cfg)
   assert len(taken) == steps
 
