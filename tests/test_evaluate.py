@@ -51,6 +51,7 @@ def evaluation(exported, **fields):
     "contexts": CONTEXTS,
     "batch": BATCH,
     "slots": BATCH,
+    "suffix_chunks": 1,
     "temperature": 1.0,
     "mesh": dataclasses.replace(config.mesh, data=2),
   }

@@ -41,6 +41,7 @@ SMALL = {
   "rollout.max_prompt_tokens": 192,
   "rollout.max_response_tokens": 8,
   "rollout.slots": 4,
+  "rollout.suffix_chunks": 1,
   "rollout.temperature": 1.0,
   "rollout.top_p": 1.0,
   "packing.row_length": 256,

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 TINY = {
@@ -18,6 +20,7 @@ TINY = {
   "warm_start.batch_size": 8,
   "warm_start.eval_prompts": 8,
   "rollout.prompts": 8,
+  "rollout.suffix_chunks": 1,  # each is a loop to compile
   "packing.rows": 8,
   "eval.every": 2,
   "eval.prompts": 8,
@@ -35,8 +38,13 @@ def command(config: str, workdir: pathlib.Path, **overrides) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-  """Variables for a child process on one CPU device."""
-  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+  """Variables for a child process on one CPU device, which compiles as the suite itself does."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+  }
 
 
 def start(config: str, workdir: pathlib.Path, **overrides) -> subprocess.Popen:

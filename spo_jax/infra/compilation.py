@@ -61,7 +61,8 @@ def keep_programs(folder: str) -> None:
   if jax.config.jax_compilation_cache_dir is None and folder:
     if "://" not in folder:
       folder = str(pathlib.Path(folder).expanduser())
+      # Not of a bucket or of a folder that others fill: JAX then wants files that are not there.
+      jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_compilation_cache_dir", folder)
-  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
   # A run has few programs, and the small ones add up to seconds.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -50,8 +50,19 @@ def cache_settings():
 
 
 def test_a_cache_that_is_named_already_stays(cache_settings):
+  """And so does its size: entries of others have no time of their last use, which a limit needs."""
   compilation.keep_programs("/elsewhere")
-  assert jax.config.jax_compilation_cache_dir == cache_settings["jax_compilation_cache_dir"]
+  for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size"):
+    assert getattr(jax.config, name) == cache_settings[name]
+
+
+def test_only_a_local_folder_has_a_limit(cache_settings, tmp_path):
+  for folder, limited in ((str(tmp_path), True), ("gs://bucket/programs", False)):
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_max_size", -1)
+    compilation.keep_programs(folder)
+    assert jax.config.jax_compilation_cache_dir == folder
+    assert (jax.config.jax_compilation_cache_max_size > 0) == limited
 
 
 def test_no_folder_is_no_cache(cache_settings):

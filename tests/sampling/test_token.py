@@ -44,7 +44,7 @@ def test_truncation_keeps_what_the_oracle_keeps():
   rng = np.random.default_rng(0)
   for V, rows in ((8, 4), (3 * MOST_LANES, 2), (MOST_LANES + 7, 2)):
     logits = np.round(rng.normal(size=(rows, V)) * 2).astype(np.float32)
-    for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8), (0, 1e-6)]:
+    for top_k, top_p in [(0, 0.5), (3, 1.0), (4, 0.8)]:
       kept = [truncated(row, top_k=top_k, top_p=top_p) for row in logits]
       times = 2000
       keys = jax.random.split(jax.random.key(V + top_k), rows * times)
