@@ -6,15 +6,19 @@ import math
 import numbers
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from spo_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+TENSORBOARD_FLUSH_S = 10
 
 Path = str | os.PathLike[str]
 
@@ -92,7 +96,7 @@ class MetricWriter:
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / METRICS_FILE
     self._tensorboard_dir = workdir / TENSORBOARD_DIR
-    self._events: SummaryWriter | None = None
+    self._events: EventFileWriter | None = None
     self._file = open(self._path, "ab", buffering=0)
     content = self._path.read_bytes()
     # A torn last line would swallow the next one.
@@ -109,20 +113,25 @@ class MetricWriter:
     self._file.write(line)
     self._bytes += len(line)
     self._hash.update(line)
-    step = int(metrics["iteration"])
+    self._mirror(int(metrics["iteration"]), metrics)
+
+  def _mirror(self, step: int, metrics: Mapping[str, float | int]) -> None:
+    """Adds an event with the numbers of a line."""
     if self._events is None:
-      # Events of an earlier process at this step and later are not shown: they are made anew.
-      self._events = SummaryWriter(
-        str(self._tensorboard_dir),
-        purge_step=step,
-        flush_secs=10,
-        filename_suffix=f".{step}",
-        write_to_disk=True,
+      self._events = EventFileWriter(
+        str(self._tensorboard_dir), flush_secs=TENSORBOARD_FLUSH_S, filename_suffix=f".{step}"
       )
-    for key, value in metrics.items():
-      value = _plain(value)
-      if key != "iteration" and value is not None:
-        self._events.add_scalar(key, value, step)
+      # Events of an earlier process at this step and later are not shown: they are made anew.
+      begins = SessionLog(status=SessionLog.START)
+      self._events.add_event(Event(wall_time=time.time(), step=step, session_log=begins))
+    plain = {key: _plain(value) for key, value in metrics.items() if key != "iteration"}
+    values = [
+      Summary.Value(tag=key, simple_value=value)
+      for key, value in plain.items()
+      if value is not None
+    ]
+    event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+    self._events.add_event(event)
 
   def position(self) -> dict[str, int | str]:
     """Where the record stands: its size and the SHA-256 of its content. Goes into a checkpoint."""
