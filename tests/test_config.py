@@ -106,6 +106,7 @@ def test_the_schedule_follows_the_number_of_updates():
     ("rollout.segment_tokens", (30, 30), "segment_tokens"),
     ("rollout.temperature", 0.0, "temperature"),
     ("rollout.top_p", 1.5, "top_p is 1.5"),
+    ("rollout.prefill_chunk", -1, "rollout.prefill_chunk is -1, it must be 0 .* or more tokens"),
     ("rollout.prompts", 0, "config.rollout.prompts is 0, it must be positive"),
     ("rollout.prompts", 9.5, "config.rollout.prompts is 9.5, it must be of type int"),
     ("loss.scaling", "white", "it must be one of: whiten, rescale, none"),

@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from spo_jax.models.attention.running import EMPTY
 from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
 
-# Of a query that has seen no key: far above NEG_INF, so that masked keys get weight 0.
-EMPTY = NEG_INF / 2
 # Of the memory beside a TPU's units, 64 MiB or more since v5; a compiler's own limit is 16.
 VMEM_BYTES = 32 * 2**20
 # Most numbers of a matrix of R queries with L keys, or with Dh, for which that suffices.
