@@ -58,7 +58,7 @@ class ComputeConfig:
   """How the decoder computes, whatever its geometry."""
 
   dtype: str = "float32"  # of activations, matmuls and caches; parameters are float32
-  remat: bool = False  # recompute each block in the backward pass, which saves memory
+  remat: str = "none"  # or "blocks", "dots": what is recomputed in the backward pass; saves memory
   attention: str = "blocks"  # or "flash", "cudnn", "pallas"; see models/attention/__init__.py
 
 

@@ -14,6 +14,7 @@ from spo_jax.config import (
 from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
 from spo_jax.models.attention import BACKENDS
+from spo_jax.models.decoder import REMATS
 
 _POSITIVE = (
   "iterations",
@@ -80,6 +81,7 @@ _CHOICES = {
   "warm_start_optimizer.decay": ("cosine", "linear"),
   "compute.dtype": ("float32", "bfloat16"),
   "compute.attention": BACKENDS,
+  "compute.remat": tuple(REMATS),
 }
 _EVALUATION_POSITIVE = (
   "samples",

@@ -116,6 +116,8 @@ def test_the_schedule_follows_the_number_of_updates():
     ("advantage.kind", "rloo", "it must be one of: difference, normalized, leave_one_out"),
     ("new_model.kv_heads", 3, "heads 2 must be a multiple of kv_heads 3"),
     ("compute.dtype", "float16", "dtype"),
+    ("compute.remat", True, "remat is True, it must be of type str; 'none' is what False was"),
+    ("compute.remat", "all", "remat is 'all', it must be one of: none, blocks, dots"),
     ("compute.attention", "splash", "it must be one of: blocks, flash, cudnn"),
     ("packing.query_block", 64, "row_length 288 must be a multiple of query_block 64"),
     ("packing.key_block", 24, "query_block 32 must be a multiple of key_block 24"),

@@ -33,7 +33,7 @@ def tiny_config(**overrides) -> DecoderConfig:
     "norm_eps": 1e-6,
     "tie_embeddings": False,
     "dtype": "float32",
-    "remat": False,
+    "remat": "none",
   }
   return DecoderConfig(**(fields | overrides))
 

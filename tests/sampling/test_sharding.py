@@ -63,7 +63,7 @@ def test_sharded_sampling_is_that_of_one_device(one_device, shape):
 
 
 def test_prompts_in_chunks_are_split_as_whole_ones(one_device):
-  mesh = make_mesh(2, 2, 2)
+  mesh = make_mesh(1, 4, 2)
   params = shard_params(CFG, mesh, tiny_params(CFG))
   prompts = tiny_prompts(8)
   prefix = tiny_sampler(CFG.on(mesh), mesh=mesh, prefill_chunk=4).prefill(

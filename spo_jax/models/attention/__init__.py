@@ -15,9 +15,10 @@ import jax
 from spo_jax.models.attention import blocks, cudnn, flash, pallas
 from spo_jax.models.attention.chunks import attend_chunk
 from spo_jax.models.attention.decode import DecodeContext, LayerCache, attend_decode
-from spo_jax.models.attention.spec import AttentionSpec
+from spo_jax.models.attention.spec import ATTENTION, AttentionSpec
 
 __all__ = [
+  "ATTENTION",
   "BACKENDS",
   "AttentionSpec",
   "DecodeContext",

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spo_jax.models.attention.blocks import causal_in_blocks
 from spo_jax.models.attention.running import add_keys, mix, no_keys
-from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
+from spo_jax.models.attention.spec import ATTENTION, NEG_INF, AttentionSpec
 
 # Most scores of a head that exist at a time, unless a pair of blocks has more. On a CPU larger ones
 # leave its caches; much smaller ones are many small operations.
@@ -160,7 +161,8 @@ def _forward(spec: AttentionSpec, q, k, v, listed: _Listed):
     total = jnp.where(total > 0, total, 1)
     return (mixed / total[..., None]).astype(v.dtype), peak + jnp.log(total)
 
-  mixed, log_sum = jax.lax.map(query_block, (jnp.arange(N), q, listed.chunks, listed.used))
+  found = jax.lax.map(query_block, (jnp.arange(N), q, listed.chunks, listed.used))
+  mixed, log_sum = checkpoint_name(found, ATTENTION)
   return mixed, (q, k, v, listed, mixed, log_sum)
 
 
