@@ -50,7 +50,14 @@ class Ours:
   def __init__(self, cfg: DecoderConfig, params: Any, slots: int, *, shared: bool):
     self._params, self._shared = params, shared
     self._sampler = Sampler(
-      cfg, make_mesh(-1, 1, 1), NEVER, SamplingConfig(), slots, refill_share=1.0, suffix_chunks=4
+      cfg,
+      make_mesh(-1, 1, 1),
+      NEVER,
+      SamplingConfig(),
+      slots,
+      refill_share=1.0,
+      suffix_chunks=4,
+      prefill_chunk=0,
     )
 
   def sample(self, prompts: np.ndarray, n: int, new_tokens: int, seed: int) -> np.ndarray:

@@ -194,7 +194,7 @@ def configs(args: argparse.Namespace) -> tuple[DecoderConfig, LossConfig]:
     norm_eps=1e-6,
     tie_embeddings=True,
     dtype=args.dtype,
-    remat=False,
+    remat="none",
   )
   loss = dataclasses.replace(
     loss_config(Config()),

@@ -185,7 +185,7 @@ def apply(config, experiment: Experiment) -> None:
   config.optimizer.decay = "linear"
 
   config.compute.dtype = "bfloat16"
-  config.compute.remat = True
+  config.compute.remat = "blocks"
   config.compute.attention = "flash"  # memory linear in the length of a row
   config.mesh.data = 1
   config.mesh.fsdp = -1  # all devices: parameters, moments and rows are split over them

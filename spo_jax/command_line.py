@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from spo_jax.config_check import check_field
+from spo_jax.config_check import check_field, with_hint
 from spo_jax.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -70,7 +70,7 @@ def parse_flags(argv: list[str], config_class: type) -> None:
     flags.FLAGS([argv[0], *_WORDS])
   # The library raises TypeError and ValueError for a value of another type than the field's.
   except (flags.Error, TypeError, ValueError) as error:
-    raise UserError(" ".join(str(error).split())) from error
+    raise UserError(with_hint(" ".join(str(error).split()))) from error
   if arguments:
     raise UserError(f"unexpected argument {arguments[0]!r}: fields are set as --config.field=value")
 

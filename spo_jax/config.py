@@ -58,7 +58,7 @@ class ComputeConfig:
   """How the decoder computes, whatever its geometry."""
 
   dtype: str = "float32"  # of activations, matmuls and caches; parameters are float32
-  remat: bool = False  # recompute each block in the backward pass, which saves memory
+  remat: str = "none"  # or "blocks", "dots": what is recomputed in the backward pass; saves memory
   attention: str = "blocks"  # or "flash", "cudnn", "pallas"; see models/attention/__init__.py
 
 
@@ -111,6 +111,7 @@ class RolloutConfig:
   slots: int = 1024  # most groups of continuations that are decoded at a time
   refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
+  prefill_chunk: int = 0  # tokens of each prompt that are prefilled at a time; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +328,7 @@ class EvaluationConfig:
   slots: int = 32  # most prompts whose responses are decoded at a time
   refill_share: float = 0.25  # waiting prompts enter when this share of the slots is idle; 1: all
   suffix_chunks: int = 4  # a step reads the chunks of the responses that have begun; each compiles
+  prefill_chunk: int = 0  # tokens of each prompt that are prefilled at a time; 0: all
   compilation_cache: str = "~/.cache/spo_jax"  # as in `Config`
   data: DataConfig = DataConfig()
   compute: ComputeConfig = ComputeConfig()

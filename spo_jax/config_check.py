@@ -14,6 +14,8 @@ from spo_jax.config_rules import check_evaluation, check_training
 from spo_jax.errors import UserError
 
 _CHECKS = {Config: check_training, EvaluationConfig: check_evaluation}
+# Fields that have had values of another type, and what these are called now.
+_FORMER = {"remat": "'none' is what False was, 'blocks' what True was; or use 'dots'"}
 
 C = typing.TypeVar("C", Config, EvaluationConfig)
 
@@ -78,5 +80,10 @@ def _convert(kind, value, where: str):
   if kind is float and type(value) is int:
     return float(value)
   if type(value) is not kind:
-    raise UserError(f"{where} is {value!r}, it must be of type {kind.__name__}")
+    raise UserError(with_hint(f"{where} is {value!r}, it must be of type {kind.__name__}"))
   return value
+
+
+def with_hint(message: str) -> str:
+  """A message about a value of a wrong type; with what it is called now, if it was right once."""
+  return "; ".join([message, *(now for name, now in _FORMER.items() if name in message)])

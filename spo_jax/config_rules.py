@@ -14,6 +14,7 @@ from spo_jax.config import (
 from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
 from spo_jax.models.attention import BACKENDS
+from spo_jax.models.decoder import REMATS
 
 _POSITIVE = (
   "iterations",
@@ -80,6 +81,7 @@ _CHOICES = {
   "warm_start_optimizer.decay": ("cosine", "linear"),
   "compute.dtype": ("float32", "bfloat16"),
   "compute.attention": BACKENDS,
+  "compute.remat": tuple(REMATS),
 }
 _EVALUATION_POSITIVE = (
   "samples",
@@ -132,6 +134,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
   _check_choices(config, {n: c for n, c in _CHOICES.items() if n.startswith("compute.")})
   _check_data(config.data)
   _check_top(config)
+  _check_prefill(config)
   _need(
     config.temperature >= 0,
     f"config.temperature is {config.temperature}, it must be 0 (greedy) or more",
@@ -223,6 +226,7 @@ def _check_rollout(config: Config) -> None:
   rollout = config.rollout
   _need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   _check_top(rollout, "rollout.")
+  _check_prefill(rollout, "rollout.")
   fits = len(config.branches) == len(config.budgets)
   _need(
     rollout.strategy == "chain" or (fits and min((*config.branches, *config.budgets)) > 0),
@@ -236,6 +240,14 @@ def _check_top(sampling: RolloutConfig | EvaluationConfig, where: str = "") -> N
   top_p, top_k = sampling.top_p, sampling.top_k
   _need(0 < top_p <= 1, f"config.{where}top_p is {top_p}, it must be in (0, 1]")
   _need(top_k >= 0, f"config.{where}top_k is {top_k}, it must be 0 (all) or more")
+
+
+def _check_prefill(sampling: RolloutConfig | EvaluationConfig, where: str = "") -> None:
+  chunk = sampling.prefill_chunk
+  _need(
+    chunk >= 0,
+    f"config.{where}prefill_chunk is {chunk}, it must be 0 (whole prompts at once) or more tokens",
+  )
 
 
 def _check_packing(config: Config) -> None:

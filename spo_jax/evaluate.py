@@ -100,6 +100,7 @@ def evaluate_model(
         slots=config.slots,
         refill_share=config.refill_share,
         suffix_chunks=config.suffix_chunks,
+        prefill_chunk=config.prefill_chunk,
       )
       params = load_params(pretrained, model, mesh)
       with progress.bar("problems", total=len(records)) as advance, path.open("a") as file:

@@ -156,6 +156,7 @@ def make_sampler(
     slots=rollout.slots,
     refill_share=rollout.refill_share,
     suffix_chunks=rollout.suffix_chunks,
+    prefill_chunk=rollout.prefill_chunk,
   )
 
 

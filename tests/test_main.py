@@ -105,14 +105,14 @@ def parsed(*words):
 
 
 def test_an_override_may_stand_anywhere():
-  fields = ["--config.seed=3", "--config.compute.remat", "--config.rollout.prompts", "16"]
+  fields = ["--config.seed=3", "--config.restart", "--config.rollout.prompts", "16"]
   for words in (
     [f"--config={FILE}", *fields, "--workdir=w"],
     [*fields, "--workdir", "w", f"--config={FILE}"],
     ["-workdir", "w", *fields[:2], "--config", FILE, *fields[2:]],
   ):
     config, workdir, file = parsed(*words)
-    assert (config["seed"], config["compute"]["remat"], config["rollout"]["prompts"]) == (
+    assert (config["seed"], config["restart"], config["rollout"]["prompts"]) == (
       3,
       True,
       16,
@@ -133,12 +133,12 @@ def test_a_value_stays_with_its_flag():
 def test_the_last_of_two_values_counts():
   config, workdir, file = parsed(
     "--config=configs/none.py", "--workdir=v", "--config.rollout.branches=(3,3)", "--config.seed=1",
-    "--config.compute.remat", f"--config={FILE}", "--config.rollout.branches", "(2,4)",
-    "--config.seed=2", "--noconfig.compute.remat", "--workdir=w",
+    "--config.restart", f"--config={FILE}", "--config.rollout.branches", "(2,4)",
+    "--config.seed=2", "--noconfig.restart", "--workdir=w",
   )  # fmt: skip
   assert (workdir, file) == ("w", FILE)
   assert config["rollout"]["branches"] == (2, 4)
-  assert config["seed"] == 2 and not config["compute"]["remat"]
+  assert config["seed"] == 2 and not config["restart"]
 
 
 def test_a_flag_that_is_given_again_stands_where_it_was_given_last():

@@ -95,5 +95,5 @@ def test_the_command_line_goes_before_the_config():
 def test_the_planned_decoder_computes_as_the_config_says():
   config = spo_tree.get_config("qwen1.5b_math")
   decoder = plan.planned_decoder(from_config_dict(config, Config))
-  assert (decoder.attention, decoder.dtype, decoder.remat) == ("flash", "bfloat16", True)
+  assert (decoder.attention, decoder.dtype, decoder.remat) == ("flash", "bfloat16", "blocks")
   assert decoder.layers == 28

@@ -31,7 +31,7 @@ SMALL = {
   "minibatches": 1,
   "epochs": 1,
   "compute.dtype": "float32",
-  "compute.remat": False,
+  "compute.remat": "none",
   "data.grader_workers": 2,
   "rollout.prompts": 4,
   "rollout.samples": 2,

@@ -33,7 +33,7 @@ def tiny_config(**overrides) -> DecoderConfig:
     "norm_eps": 1e-6,
     "tie_embeddings": False,
     "dtype": "float32",
-    "remat": False,
+    "remat": "none",
   }
   return DecoderConfig(**(fields | overrides))
 
@@ -126,7 +126,14 @@ def take_prompts(prompts: Prompts, index) -> Prompts:
 
 
 def tiny_sampler(
-  cfg: DecoderConfig, *, mesh=None, slots=64, refill_share=0.25, suffix_chunks=2, **sampling
+  cfg: DecoderConfig,
+  *,
+  mesh=None,
+  slots=64,
+  refill_share=0.25,
+  suffix_chunks=2,
+  prefill_chunk=0,
+  **sampling,
 ):
   """The compiled verbs for one device, or for a mesh."""
   return Sampler(
@@ -137,4 +144,5 @@ def tiny_sampler(
     slots=slots,
     refill_share=refill_share,
     suffix_chunks=suffix_chunks,
+    prefill_chunk=prefill_chunk,
   )

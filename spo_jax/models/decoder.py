@@ -9,6 +9,7 @@ feed-forward, V vocabulary, R positions of a row that are read.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spo_jax.infra.mesh import gather_weight
-from spo_jax.models.attention import AttentionSpec
+from spo_jax.models.attention import ATTENTION, AttentionSpec
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.numerics import soft_cap
 
@@ -26,6 +27,18 @@ Attend = Callable[..., tuple[jax.Array, Any]]
 
 _EMBEDDING_AXES = ("vocab", "width")
 NORM_SCALE = "scale"  # name of a norm's parameter
+
+_DOTS = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  jax.checkpoint_policies.save_only_these_names(ATTENTION),
+)
+# What becomes of a block: all of its activations are kept for the backward pass; its input alone;
+# also the products with weights, and what attention needs so as not to be computed twice.
+REMATS = {
+  "none": lambda block: block,
+  "blocks": nn.remat,
+  "dots": functools.partial(nn.remat, policy=_DOTS),
+}
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
@@ -56,7 +69,7 @@ class DecoderConfig:
   norm_eps: float
   tie_embeddings: bool  # the unembedding is the transposed embedding
   dtype: str  # of activations and matmuls; parameters are always float32
-  remat: bool  # recompute each block in the backward pass instead of keeping its activations
+  remat: str  # what is computed anew in the backward pass, a key of REMATS
   activation: str = "silu"  # of the feed-forward gate, a key of ACTIVATIONS
   qkv_bias: bool = False  # queries, keys and values have biases
   qk_norm: bool = False  # queries and keys are normalised, per head, before they are rotated
@@ -227,7 +240,7 @@ class Decoder(nn.Module):
       rope: take_tables(rotary_tables(rope, longest, c.head_dim), positions_BxT) for rope in ropes
     }
     few = read_BxR is not None and read_BxR.shape[1] < tokens_BxT.shape[1]
-    block = nn.remat(Block) if c.remat else Block
+    block = REMATS[c.remat](Block)
     new_caches = []
     for layer in range(c.layers):
       cache = None if caches is None else caches[layer]

@@ -89,14 +89,14 @@ UNSUPPORTED = (
 
 
 def config_from_hf(
-  hf: dict[str, Any], *, dtype: str = "float32", remat: bool = False, attention: str = "blocks"
+  hf: dict[str, Any], *, dtype: str = "float32", remat: str = "none", attention: str = "blocks"
 ) -> DecoderConfig:
   """The decoder that a Hugging Face config describes.
 
   Args:
     hf: the contents of config.json, as any version of `transformers` writes it.
     dtype: of activations and matmuls.
-    remat: whether blocks are recomputed in the backward pass.
+    remat: what is recomputed in the backward pass, of decoder.REMATS.
     attention: who computes it, of attention.BACKENDS.
 
   Returns:

@@ -19,7 +19,7 @@ from spo_jax.planning.measure import Measured
 from spo_jax.planning.programs import Setup, abstract_params, decoded_at_once, decoded_levels
 
 TRAIN_FLOPS = 6  # a weight and token: a product forwards and two backwards, of 2 FLOPs each
-REMAT_FLOPS = 8  # the same with the forward product once more
+REMAT_FLOPS = 8  # the same with the forward product once more, which "dots" keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,4 +95,4 @@ def train_minimum(setup: Setup) -> float:
   not counted."""
   layer = abstract_params(setup)["block_0"]
   weights = sum(x.size for x in jax.tree.leaves(layer) if x.ndim > 1)
-  return weights * (REMAT_FLOPS if setup.model.remat else TRAIN_FLOPS)
+  return weights * (REMAT_FLOPS if setup.model.remat == "blocks" else TRAIN_FLOPS)

@@ -188,7 +188,7 @@ def sampling_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
   rollout = setup.config.rollout
   sampler = _sampler(setup, truncate=True)
-  yield _prefill(setup, "sampling", rollout.prompts, rollout.max_prompt_tokens)
+  yield _prefill(setup, sampler, "sampling", rollout.prompts, rollout.max_prompt_tokens)
   for label, level in decoded_levels(setup.config):
     yield _decode(setup, sampler, "sampling", "decode" + label, level)
     if level.keep_cache:
@@ -278,7 +278,7 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
   batch = min(config.eval.batch, -(-config.eval.prompts // shards) * shards)
   sampler = _sampler(setup, truncate=False)
   prompt = config.rollout.max_prompt_tokens
-  yield _prefill(setup, "evaluation", batch, prompt)
+  yield _prefill(setup, sampler, "evaluation", batch, prompt)
   level = Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
   yield _decode(setup, sampler, "evaluation", "decode", level)
 
@@ -290,7 +290,7 @@ def _sampler(setup: Setup, truncate: bool) -> Sampler:
   )
 
 
-def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
+def _prefill(setup: Setup, sampler: Sampler, phase: str, rows: int, prompt: int) -> Program:
   state = abstract_state(setup)
   prompts = (
     jax.ShapeDtypeStruct((rows, prompt), jnp.int32),
@@ -300,7 +300,11 @@ def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
     "prefill",
     phase,
     lambda: jit_prefill.lower(
-      setup.model, row_sharding(setup.mesh), state.params, *_in_rows(setup, prompts)
+      setup.model,
+      row_sharding(setup.mesh),
+      sampler.prefill_chunk,
+      state.params,
+      *_in_rows(setup, prompts),
     ),
     beside=(state.opt_state, _reference(setup)),
   )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from spo_jax.errors import UserError
-from spo_jax.infra.mesh import keep_rows_split, row_sharding, row_shards, shard_rows
+from spo_jax.infra.mesh import row_sharding, row_shards, shard_rows
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.sampling import decoding, stepping, verbs
 from spo_jax.sampling.token import SamplingConfig
@@ -24,11 +24,12 @@ class Sampler:
   slots: int  # most groups decoded at a time
   refill_share: float
   suffix_chunks: int
+  prefill_chunk: int  # tokens of prompts that are prefilled at a time; 0: all
 
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
     prompts = shard_rows(self.mesh, (tokens_RxP, lengths_R))
-    return jit_prefill(self.cfg, row_sharding(self.mesh), params, *prompts)
+    return jit_prefill(self.cfg, row_sharding(self.mesh), self.prefill_chunk, params, *prompts)
 
   def decode(
     self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
@@ -68,11 +69,10 @@ class Sampler:
     return jit_extend(row_sharding(self.mesh), prefix, groups, segments, index_R)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def jit_prefill(cfg, rows, params, tokens_RxP, lengths_R):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def jit_prefill(cfg, rows, chunk, params, tokens_RxP, lengths_R):
   """`verbs.prefill`, compiled; prefixes are split by rows."""
-  # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
-  return keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R), rows)
+  return verbs.prefill(cfg, params, tokens_RxP, lengths_R, chunk=chunk, rows=rows)
 
 
 jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(decoding.decode)

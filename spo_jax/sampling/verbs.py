@@ -23,8 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split, whole_on_each
-from spo_jax.models.attention import attend_prefill
-from spo_jax.models.decoder import DecoderConfig, forward
+from spo_jax.models.attention import attend_chunk, attend_prefill
+from spo_jax.models.decoder import DecoderConfig, cast_weights, forward
 
 NO_GROUP = -1
 NOWHERE = np.iinfo(np.int32).max  # position of an empty slot: behind all others
@@ -60,7 +60,15 @@ class Segments(NamedTuple):
   cache: tuple
 
 
-def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Array) -> Prefix:
+def prefill(
+  cfg: DecoderConfig,
+  params,
+  tokens_RxP: jax.Array,
+  lengths_R: jax.Array,
+  *,
+  chunk: int = 0,
+  rows: NamedSharding | None = None,
+) -> Prefix:
   """Runs prompts once.
 
   Args:
@@ -68,6 +76,8 @@ def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Ar
     params: its parameters.
     tokens_RxP: [R, P] int32, right-padded.
     lengths_R: [R] int32, at least 1.
+    chunk: tokens of each prompt that are run at a time; 0, or P and more: all.
+    rows: how prefixes are split over a mesh; None leaves it open.
 
   Returns:
     The prompts as prefixes.
@@ -75,8 +85,31 @@ def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Ar
   R, P = tokens_RxP.shape
   chex.assert_shape(lengths_R, (R,))
   positions_RxP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (R, P))
-  _, cache = forward(cfg, attend_prefill, params, tokens_RxP, positions_RxP)
-  return Prefix(jnp.where(positions_RxP < lengths_R[:, None], positions_RxP, NOWHERE), cache)
+  if 0 < chunk < P:
+    cache = _prefill_in_chunks(cfg, params, tokens_RxP, lengths_R, chunk, rows)
+  else:
+    _, cache = forward(cfg, attend_prefill, params, tokens_RxP, positions_RxP)
+  prefix = Prefix(jnp.where(positions_RxP < lengths_R[:, None], positions_RxP, NOWHERE), cache)
+  # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
+  return keep_rows_split(prefix, rows)
+
+
+def _prefill_in_chunks(cfg: DecoderConfig, params, tokens_RxP, lengths_R, chunk: int, rows):
+  """The cache of prompts, whose slots behind the longest of them may be empty."""
+  R, P = tokens_RxP.shape
+  params = cast_weights(cfg, params)
+  keys = jnp.zeros((R, cfg.kv_heads, cfg.head_dim, P), cfg.dtype)
+  cache = keep_rows_split(((keys, keys.swapaxes(2, 3)),) * cfg.layers, rows)
+
+  def run(i, cache):
+    # The last chunk ends with the row: what it has of the chunk before it is computed again.
+    start = jnp.minimum(i * chunk, P - chunk)
+    tokens_RxC = jax.lax.dynamic_slice_in_dim(tokens_RxP, start, chunk, axis=1)
+    at_RxC = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (R, chunk))
+    _, cache = forward(cfg, attend_chunk, params, tokens_RxC, at_RxC, start, cache, longest=P)
+    return keep_rows_split(cache, rows)
+
+  return jax.lax.fori_loop(0, -(-jnp.max(lengths_R) // chunk), run, cache)
 
 
 def extend(

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +5,15 @@ import pytest
 from flax import linen as nn
 
 from spo_jax.infra.mesh import PARAM_RULES
-from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
-from spo_jax.models.decoder import cast_weights, count_params, forward, init_params, unembedding
+from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill, flash
+from spo_jax.models.decoder import (
+  REMATS,
+  cast_weights,
+  count_params,
+  forward,
+  init_params,
+  unembedding,
+)
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.training.key_blocks import visible_blocks
 from tests.models.test_attention import ancestors, random_row
@@ -52,20 +57,42 @@ def test_a_state_depends_on_what_it_continues_alone(tokens, packed):
   np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 1e-8, ancestors(list(prev)))
 
 
-def test_remat_changes_no_gradient(tokens):
-  cfg = tiny_config(layers=1)
-  params = tiny_params(cfg)
+def test_remat_changes_what_is_kept_and_computed_twice_but_no_gradient(monkeypatch):
+  """With "dots" hardly anything is computed twice, and no attention.
 
-  def gradient(cfg):
-    loss = lambda params: jnp.sum(jnp.sin(run(cfg, params, tokens)))
-    traced = jax.jit(jax.grad(loss)).trace(params)
-    return traced.lower().compile()(params), "remat" in str(traced.jaxpr)
+  Kept bytes are those that the backward pass is given: on a CPU the compiler computes early what is
+  to be computed late, and the temporaries of the whole hardly tell.
+  """
+  monkeypatch.setattr(flash, "CAUSAL_BLOCK", 32)
+  tokens = np.random.default_rng(0).integers(0, VOCAB, (4, 64)).astype(np.int32)
+  positions = np.broadcast_to(np.arange(64), tokens.shape)
+  params = tiny_params(tiny_config(layers=1, ffn=64))
 
-  plain, recomputes = gradient(cfg)
-  assert not recomputes
-  remat, recomputes = gradient(dataclasses.replace(cfg, remat=True))
-  assert recomputes
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), plain, remat)
+  def measure(remat):
+    cfg = tiny_config(layers=1, attention="flash", remat=remat, ffn=64)
+
+    def loss(params):
+      return jnp.mean(jnp.sin(forward(cfg, attend_prefill, params, tokens, positions)[0]))
+
+    kept = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    return (
+      compiled(params),
+      sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)),
+      compiled.cost_analysis()["flops"],
+      compiled.as_text().count(" while("),
+    )
+
+  found = {remat: measure(remat) for remat in REMATS}
+  grads, kept, flops, loops = (
+    dict(zip(found, of_all, strict=True)) for of_all in zip(*found.values(), strict=True)
+  )
+  for other in ("blocks", "dots"):
+    for x, y in zip(*(jax.tree.leaves(grads[name]) for name in (other, "none")), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+  assert kept["blocks"] < kept["dots"] < kept["none"]
+  assert flops["none"] <= flops["dots"] < flops["blocks"]
+  assert loops["none"] == loops["dots"] < loops["blocks"]
 
 
 def test_tied_unembedding_is_the_transposed_embedding():

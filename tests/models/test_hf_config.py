@@ -110,7 +110,7 @@ def test_defaults_are_those_of_transformers(name):
 
 
 def test_fields_of_llama():
-  assert config_from_hf(LLAMA, dtype="bfloat16", remat=True) == DecoderConfig(
+  assert config_from_hf(LLAMA, dtype="bfloat16", remat="dots") == DecoderConfig(
     vocab_size=32000,
     width=2048,
     layers=22,
@@ -122,7 +122,7 @@ def test_fields_of_llama():
     norm_eps=1e-5,
     tie_embeddings=False,
     dtype="bfloat16",
-    remat=True,
+    remat="dots",
   )
 
 

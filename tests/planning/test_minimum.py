@@ -42,7 +42,8 @@ def test_the_least_bytes_follow_dtype_embedding_and_window():
 
 def test_the_least_flops_of_a_layer():
   assert minimum.train_minimum(setup_of()) == 6 * BLOCK
-  assert minimum.train_minimum(with_model(setup_of(), remat=True)) == 8 * BLOCK
+  assert minimum.train_minimum(with_model(setup_of(), remat="blocks")) == 8 * BLOCK
+  assert minimum.train_minimum(with_model(setup_of(), remat="dots")) == 6 * BLOCK
 
 
 def test_a_layers_cost_is_the_difference_of_two_compilations():

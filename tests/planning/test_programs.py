@@ -65,7 +65,7 @@ def test_the_updates_of_every_method_are_lowered(sections, names):
 class Recorder:
   """Stands for a jitted verb: notes what it is called or lowered with."""
 
-  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding)
+  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding, int)
 
   def __init__(self, name, calls, result=None):
     self.name, self.calls, self.result = name, calls, result
@@ -87,7 +87,7 @@ def pretend_verbs(setup):
     shapes = jax.eval_shape(verb, *args)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-  def prefill(cfg, rows, params, tokens, lengths):
+  def prefill(cfg, rows, chunk, params, tokens, lengths):
     verb = lambda *args: verbs.prefill(cfg, *args)
     return shard_rows(setup.mesh, zeros(verb, params, tokens, lengths))
 
@@ -134,7 +134,9 @@ def sampler_of(setup, truncate):
 
 @pytest.mark.parametrize("strategy", ["tree", "chain", "group"])
 def test_the_verbs_are_called_as_planned(strategy, calls):
-  setup = setup_of(rollout={"strategy": strategy, "temperature": 0.7, "top_k": 5})
+  setup = setup_of(
+    rollout={"strategy": strategy, "temperature": 0.7, "top_k": 5, "prefill_chunk": 4}
+  )
   rollout, sampler = setup.config.rollout, sampler_of(setup, truncate=True)
   prompts = tiny_prompts(rollout.prompts)
 
@@ -158,11 +160,12 @@ def test_the_verbs_are_called_as_planned(strategy, calls):
 
   wanted, got = calls(setup, programs.sampling_programs, chain if strategy == "chain" else tree)
   assert got == wanted
+  assert wanted[0][0] == "jit_prefill" and 4 in wanted[0][1]
 
 
 def test_the_verbs_of_evaluation_are_called_as_planned(calls):
   """12 problems on 8 devices are a batch of 16, where 24 are allowed."""
-  setup = setup_of(rollout={"top_k": 5}, eval={"prompts": 12, "batch": 24})
+  setup = setup_of(rollout={"top_k": 5, "prefill_chunk": 4}, eval={"prompts": 12, "batch": 24})
   config = setup.config
 
   class Task:

@@ -33,6 +33,11 @@ def grow(mesh):
   return params, prefix, tree, chain
 
 
+def held(x):
+  """The shape of what one device has of an array."""
+  return x.addressable_shards[0].data.shape
+
+
 @pytest.fixture(scope="module")
 def one_device():
   return grow(make_mesh(1, 1, 1))
@@ -50,9 +55,21 @@ def test_sharded_sampling_is_that_of_one_device(one_device, shape):
   data, fsdp, tensor = shape
   # Two key-value heads stay whole over four tensor devices.
   kv_heads = CFG.kv_heads // tensor if CFG.kv_heads % tensor == 0 else CFG.kv_heads
-  held = lambda x: x.addressable_shards[0].data.shape
   assert held(params["block_0"]["gate"]) == (CFG.width // fsdp, CFG.ffn // tensor)
   assert held(params["block_0"]["key"]) == (CFG.width // fsdp, kv_heads, CFG.head_dim)
   for cache in jax.tree.leaves(prefix.cache):
     rows, heads, *_ = held(cache)
     assert rows == 8 // (data * fsdp) and heads == kv_heads
+
+
+def test_prompts_in_chunks_are_split_as_whole_ones(one_device):
+  mesh = make_mesh(1, 4, 2)
+  params = shard_params(CFG, mesh, tiny_params(CFG))
+  prompts = tiny_prompts(8)
+  prefix = tiny_sampler(CFG.on(mesh), mesh=mesh, prefill_chunk=4).prefill(
+    params, prompts.tokens, prompts.lengths
+  )
+  for got, want in zip(jax.tree.leaves(prefix), jax.tree.leaves(one_device[1]), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  for cache in jax.tree.leaves(prefix.cache):
+    assert held(cache)[:2] == (2, CFG.kv_heads // 2)

@@ -281,7 +281,7 @@ def test_remat_changes_nothing(params):
   *_, batch, _ = make_batch()
   want, want_metrics = step(params, batch, 0, 4, loss_cfg=PLAIN_LOSS)
   state, metrics = step(
-    params, batch, 0, 4, model=dataclasses.replace(MODEL, remat=True), loss_cfg=PLAIN_LOSS
+    params, batch, 0, 4, model=dataclasses.replace(MODEL, remat="blocks"), loss_cfg=PLAIN_LOSS
   )
   np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
   np.testing.assert_allclose(metrics["grad_norm"], want_metrics["grad_norm"], rtol=1e-6)
@@ -354,7 +354,7 @@ def test_a_long_row_of_a_large_vocabulary_holds_nothing_quadratic():
   The largest of all, T x T or T x V, would have 1.1 or 5.0 billion numbers.
   """
   tokens, vocab, chunk, queries, keys = 32_768, 151_936, 128, 256, 128
-  model = tiny_config(layers=1, vocab_size=vocab, attention="flash", remat=True)
+  model = tiny_config(layers=1, vocab_size=vocab, attention="flash", remat="blocks")
   state = init_state(tiny_params(model), SGD)
   *_, small, _ = make_batch()
   shapes = {

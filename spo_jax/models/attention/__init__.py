@@ -1,10 +1,11 @@
-"""The attention of the three uses of the decoder: packed forests, prefill, shared-prefix decode.
+"""The attention of the uses of the decoder: packed forests, prefill, shared-prefix decode.
 
-All softmaxes are in float32, so that the sampler's log-probs are the trainer's. The three are
-called as `attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
-`spec.backend` names who computes the first two: "blocks", fast for short rows; "flash", in memory
-linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash" for forests;
-"pallas", what "flash" does by kernels for TPUs.
+All softmaxes are in float32, so that the sampler's log-probs are the trainer's. All are called as
+`attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
+`spec.backend` names who computes packed forests and whole prompts: "blocks", fast for short rows;
+"flash", in memory linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash"
+for forests; "pallas", what "flash" does by kernels for TPUs. Prefill in chunks, and decode, have
+one implementation in XLA for all backends.
 """
 
 from typing import NamedTuple
@@ -12,15 +13,18 @@ from typing import NamedTuple
 import jax
 
 from spo_jax.models.attention import blocks, cudnn, flash, pallas
+from spo_jax.models.attention.chunks import attend_chunk
 from spo_jax.models.attention.decode import DecodeContext, LayerCache, attend_decode
-from spo_jax.models.attention.spec import AttentionSpec
+from spo_jax.models.attention.spec import ATTENTION, AttentionSpec
 
 __all__ = [
+  "ATTENTION",
   "BACKENDS",
   "AttentionSpec",
   "DecodeContext",
   "LayerCache",
   "PackedContext",
+  "attend_chunk",
   "attend_decode",
   "attend_packed",
   "attend_prefill",

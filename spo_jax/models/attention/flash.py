@@ -15,16 +15,16 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spo_jax.models.attention.blocks import causal_in_blocks
-from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
+from spo_jax.models.attention.running import add_keys, mix, no_keys
+from spo_jax.models.attention.spec import ATTENTION, NEG_INF, AttentionSpec
 
 # Most scores of a head that exist at a time, unless a pair of blocks has more. On a CPU larger ones
 # leave its caches; much smaller ones are many small operations.
 SCORES = 2**17
 CAUSAL_BLOCK = 256  # most queries, and keys, of a block of a causal row
-# Of a query that has seen no key: far above NEG_INF, so that masked keys get weight 0.
-EMPTY = NEG_INF / 2
 
 
 class _Listed(NamedTuple):
@@ -125,16 +125,8 @@ def _products(q_BxKxGxCxDh, k_BxKxSxDh):
   return jnp.einsum("bkgcd,bksd->bkgcs", q_BxKxGxCxDh, k_BxKxSxDh, preferred_element_type="float32")
 
 
-def _mix(weights_BxKxGxCxS, v_BxKxSxDh):
-  """[B, K, G, C, Dh] float32."""
-  weights_BxKxGxCxS = weights_BxKxGxCxS.astype(v_BxKxSxDh.dtype)
-  return jnp.einsum(
-    "bkgcs,bksd->bkgcd", weights_BxKxGxCxS, v_BxKxSxDh, preferred_element_type="float32"
-  )
-
-
 def _mix_back(weights_BxKxGxCxS, x_BxKxGxCxDh):
-  """[B, K, S, Dh] float32, the transpose of `_mix`."""
+  """[B, K, S, Dh] float32, the transpose of `mix`."""
   weights_BxKxGxCxS = weights_BxKxGxCxS.astype(x_BxKxGxCxDh.dtype)
   return jnp.einsum(
     "bkgcs,bkgcd->bksd", weights_BxKxGxCxS, x_BxKxGxCxDh, preferred_element_type="float32"
@@ -158,24 +150,19 @@ def _forward(spec: AttentionSpec, q, k, v, listed: _Listed):
   def query_block(x):
     n, q, chunks, used = x
 
-    def chunk(m, carry):
-      peak, total, mixed = carry
+    def chunk(m, seen):
       blocks = jax.lax.dynamic_index_in_dim(chunks, m, axis=1, keepdims=False)
       visible = _visible(spec, listed, n, C, blocks)
       scores = jnp.where(visible, spec.scores(_products(q, _take(k, blocks))), NEG_INF)
-      new_peak = jnp.maximum(peak, scores.max(-1))
-      shrink = jnp.exp(peak - new_peak)
-      weights = jnp.exp(scores - new_peak[..., None])
-      total = total * shrink + weights.sum(-1)
-      return new_peak, total, mixed * shrink[..., None] + _mix(weights, _take(v, blocks))
+      return add_keys(seen, scores, _take(v, blocks))
 
-    zeros = jnp.zeros((B, K, G, C))
-    start = (zeros + EMPTY, zeros, jnp.zeros((B, K, G, C, Dh)))
+    start = no_keys(B, K, G, C, Dh)
     peak, total, mixed = _over_chunks(chunk, used, chunks.shape[1], start)
     total = jnp.where(total > 0, total, 1)
     return (mixed / total[..., None]).astype(v.dtype), peak + jnp.log(total)
 
-  mixed, log_sum = jax.lax.map(query_block, (jnp.arange(N), q, listed.chunks, listed.used))
+  found = jax.lax.map(query_block, (jnp.arange(N), q, listed.chunks, listed.used))
+  mixed, log_sum = checkpoint_name(found, ATTENTION)
   return mixed, (q, k, v, listed, mixed, log_sum)
 
 
@@ -199,7 +186,7 @@ def _backward(spec: AttentionSpec, kept, d_mixed):
       (d_products,) = pull(d_scores)
       d_k = _add(d_k, blocks, _mix_back(d_products, q))
       d_v = _add(d_v, blocks, _mix_back(weights, d_mixed))
-      return d_q + _mix(d_products, keys), d_k, d_v
+      return d_q + mix(d_products, keys), d_k, d_v
 
     start = (jnp.zeros((B, K, G, C, Dh)), *d_keys_values)
     d_q, *d_keys_values = _over_chunks(chunk, used, chunks.shape[1], start)

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
+from spo_jax.models.attention.running import EMPTY
+from spo_jax.models.attention.spec import ATTENTION, NEG_INF, AttentionSpec
 
-# Of a query that has seen no key: far above NEG_INF, so that masked keys get weight 0.
-EMPTY = NEG_INF / 2
 # Of the memory beside a TPU's units, 64 MiB or more since v5; a compiler's own limit is 16.
 VMEM_BYTES = 32 * 2**20
 # Most numbers of a matrix of R queries with L keys, or with Dh, for which that suffices.
@@ -55,7 +55,7 @@ def _forward(spec, interpret, q, k, v, facts, key_blocks):
   B, K, N, R, Dh = q.shape
   walk = _through_keys(q, k, key_blocks)
   at = walk.blocks
-  mixed, log_sum = _call(
+  outputs = _call(
     functools.partial(_forward_kernel, spec),
     walk,
     of_queries=[(q, at.queries), (facts, at.query_facts)],
@@ -68,6 +68,7 @@ def _forward(spec, interpret, q, k, v, facts, key_blocks):
     products=2,
     interpret=interpret,
   )
+  mixed, log_sum = checkpoint_name(outputs, ATTENTION)
   return mixed, (q, k, v, facts, key_blocks, mixed, log_sum)
 
 

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from spo_jax.numerics import soft_cap
 
+ATTENTION = "attention"  # what a backward pass needs of attention is kept by this name
 NEG_INF = -1e30  # finite: a fully masked row gives a uniform softmax, not NaN
 
 
