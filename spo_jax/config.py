@@ -94,6 +94,7 @@ class RolloutConfig:
 
   strategy: str = "tree"  # "tree", "chain" or "group"
   prompts: int = 96  # an iteration
+  parts: int = 1  # that the prompts are sampled in; each is graded while the next is sampled
   max_prompt_tokens: int = 40
   max_response_tokens: int = 46
   branches: tuple[int, ...] = (2, 2, 2)  # tree: children of a node, by depth
@@ -271,6 +272,11 @@ class Config:
   def branches(self) -> tuple[int, ...]:
     """Children of a node by depth; a group is a tree of one level."""
     return (self.rollout.samples,) if self.rollout.strategy == "group" else self.rollout.branches
+
+  @property
+  def part_prompts(self) -> int:
+    """Prompts that are sampled together."""
+    return self.rollout.prompts // self.rollout.parts
 
   @property
   def responses(self) -> int:

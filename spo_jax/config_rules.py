@@ -23,6 +23,7 @@ _POSITIVE = (
   "new_model.layers",
   "optimizer.learning_rate",
   "rollout.prompts",
+  "rollout.parts",
   "rollout.samples",
   "rollout.probes",
   "rollout.cuts_per_group",
@@ -162,6 +163,13 @@ def check_mesh(config: Config | EvaluationConfig, row_shards: int) -> None:
       f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are "
       f"{row_shards}: use a multiple of {row_shards}",
     )
+  if isinstance(config, Config):
+    size = config.part_prompts
+    _need(
+      size % row_shards == 0,
+      f"config.rollout.parts {config.rollout.parts}: the {size} prompts of each cannot be divided "
+      f"over the mesh, whose data x fsdp axes are {row_shards}: use fewer parts",
+    )
 
 
 def _check_positive(config, names: tuple[str, ...]) -> None:
@@ -223,6 +231,11 @@ def _check_rollout(config: Config) -> None:
   rollout = config.rollout
   _need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   _check_top(rollout, "rollout.")
+  _need(
+    rollout.prompts % rollout.parts == 0,
+    f"config.rollout.parts {rollout.parts} must divide config.rollout.prompts {rollout.prompts}: "
+    "each part has as many",
+  )
   fits = len(config.branches) == len(config.budgets)
   _need(
     rollout.strategy == "chain" or (fits and min((*config.branches, *config.budgets)) > 0),

@@ -177,10 +177,9 @@ def planned_decoder(config: Config) -> DecoderConfig:
 
 def decoded_groups(config: Config) -> int:
   """Groups of the last and largest call of `decode` of an iteration."""
-  rollout = config.rollout
-  if rollout.strategy == "chain":
-    return rollout.prompts * rollout.samples
-  return rollout.prompts * math.prod(config.branches[:-1])
+  if config.rollout.strategy == "chain":
+    return config.part_prompts * config.rollout.samples
+  return config.part_prompts * math.prod(config.branches[:-1])
 
 
 def find_largest(

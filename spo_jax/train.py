@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from typing import Any
 
 import numpy as np
 
 from spo_jax import rollouts
+from spo_jax.batches import sample
 from spo_jax.data import source
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
@@ -18,14 +18,11 @@ from spo_jax.infra.metrics import MetricWriter
 from spo_jax.infra.report import write_report
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.notices import Notices
-from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run
-from spo_jax.sampling import strategies
 from spo_jax.training.estimate import Estimate, estimate
 from spo_jax.training.pairs import match_pairs
 from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
-from spo_jax.training.weights import shares
 
 
 def train(run: Run) -> Any:
@@ -100,91 +97,6 @@ def train(run: Run) -> Any:
         checkpoints.save(counters.iteration, learner.arrays(), record, waiting)
   run.progress.note(f"report: {write_report(run.workdir)}")
   return learner.params
-
-
-def sample(
-  run: Run, params: Any, records: list[dict[str, Any]]
-) -> tuple[Forest, np.ndarray, dict[str, float]]:
-  """Samples a forest for a batch of prompts and grades its leaves.
-
-  Returns:
-    (forest, rewards [N] to train on with NaN at inner nodes, metrics).
-  """
-  began = time.perf_counter()
-  with run.progress.bar("rollout", total=2) as advance:
-    forest = grow(run, params, run.task.prompts(records, run.key("rollout"), "ordinal"), records)
-    advance(1)
-    sampled = time.perf_counter()
-    rewards, failed = grade(run, forest, records)
-    advance(1)
-  own = np.flatnonzero(forest.leaf & ~forest.probe)
-  path_tokens = [len(forest.response(leaf)) for leaf in own]
-  weights = shares(forest, probes=False)
-  return (
-    forest,
-    rewards,
-    {
-      # Siblings share alike: V of the prompts.
-      "train/reward_mean": float(np.average(rewards[own], weights=weights[own])),
-      "train/finished": float(np.mean(forest.finished[own])),
-      "train/response_tokens": float(np.mean(path_tokens)),
-      "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
-      "train/grader_failures": failed,
-      "time/rollout_s": sampled - began,
-      "time/grade_s": time.perf_counter() - sampled,
-    },
-  )
-
-
-def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
-  """Rewards to train on.
-
-  Returns:
-    ([N] float32, NaN at inner nodes; number of leaves that the grader failed on).
-  """
-  advantage = run.config.advantage
-  leaves = np.flatnonzero(forest.leaf)
-  rewards = np.full(len(forest.parent), np.nan, np.float32)
-  texts = run.task.texts([forest.response(leaf) for leaf in leaves])
-  answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
-  rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
-  if not advantage.grade_unfinished:
-    cut_off = forest.leaf & ~forest.finished
-    rewards = shape_unfinished(rewards, cut_off, advantage.unfinished_penalty)
-  return rewards, int(failed.sum())
-
-
-def disagree(run: Run, records: list[dict[str, Any]], trajectories: Forest) -> np.ndarray:
-  """[R] bool, prompts whose trajectories differ in reward."""
-  rewards, _ = grade(run, trajectories, records)
-  leaves = np.flatnonzero(trajectories.leaf)
-  least, most = np.full(len(records), np.inf), np.full(len(records), -np.inf)
-  np.minimum.at(least, trajectories.tree[leaves], rewards[leaves])
-  np.maximum.at(most, trajectories.tree[leaves], rewards[leaves])
-  return most > least
-
-
-def grow(
-  run: Run, params: Any, prompts: strategies.Prompts, records: list[dict[str, Any]]
-) -> Forest:
-  """Samples the forest that the config asks for."""
-  config, rollout = run.config, run.config.rollout
-  sampler = run.sampler(temperature=rollout.temperature, truncate=True)
-  if rollout.strategy != "chain":
-    return strategies.grow_tree(
-      sampler, params, prompts, branches=config.branches, budgets=config.budgets
-    )
-  return strategies.grow_chain(
-    sampler,
-    params,
-    prompts,
-    samples=rollout.samples,
-    probes=rollout.probes,
-    max_new_tokens=rollout.max_response_tokens,
-    partition=run.partition(),
-    cuts_per_group=rollout.cuts_per_group,
-    probe=functools.partial(disagree, run, records) if rollout.probe_where == "mixed" else None,
-  )
 
 
 def choose(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
-from spo_jax import train as train_module
+from spo_jax import batches
+from spo_jax.batches import disagree
 from spo_jax.command_line import claim_workdir
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
@@ -20,7 +21,7 @@ from spo_jax.infra.progress import Progress
 from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
-from spo_jax.train import disagree, train
+from spo_jax.train import train
 from spo_jax.training.estimate import estimate
 from spo_jax.training.step import init_state
 from tests import tiny_run
@@ -130,14 +131,15 @@ def test_the_mean_reward_is_the_value_of_the_prompts(monkeypatch):
   rng = np.random.default_rng(3)
   forest = tree_forest(rng, (3, 2, 2), (2, 2, 2), prompts=(2, 3), ragged=True)
   rewards = np.where(forest.leaf, rng.random(len(forest.parent)), np.nan).astype(np.float32)
-  monkeypatch.setattr(train_module, "grow", lambda *_: forest)
-  monkeypatch.setattr(train_module, "grade", lambda *_: (rewards, 0))
+  monkeypatch.setattr(batches, "grow", lambda *_: forest)
+  monkeypatch.setattr(batches, "grade", lambda *_: (rewards, 0))
   run = types.SimpleNamespace(
+    config=Config(),
     progress=types.SimpleNamespace(bar=lambda *_, **__: contextlib.nullcontext(lambda _: None)),
     task=types.SimpleNamespace(prompts=lambda *_: None),
     key=lambda _: None,
   )
-  *_, metrics = train_module.sample(run, None, [])
+  *_, metrics = batches.sample(run, None, [None] * 2)
   values = estimate(forest, rewards, Config().advantage, probed=False).values
   np.testing.assert_allclose(
     metrics["train/reward_mean"], values[forest.depth == 0].mean(), rtol=1e-5

@@ -17,7 +17,7 @@ MIB = 2**20
 _ADVICE = {
   "update": "fewer config.packing.rows (at least {shards}, one a chip), a smaller "
   "config.packing.row_length or logprob_chunk, config.compute.remat=True",
-  "sampling": "fewer config.rollout.slots, fewer config.rollout.prompts",
+  "sampling": "fewer config.rollout.slots, more config.rollout.parts, fewer config.rollout.prompts",
   "evaluation": "a smaller config.eval.batch, fewer config.rollout.slots",
 }
 

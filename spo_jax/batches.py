@@ -1,0 +1,143 @@
+"""An iteration's batch: a forest that is sampled for its prompts, and the rewards of its leaves."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from spo_jax.forest import Forest, interleave
+from spo_jax.rewards import shape_unfinished
+from spo_jax.run import Run
+from spo_jax.sampling import strategies
+from spo_jax.training.weights import shares
+
+
+def sample(
+  run: Run, params: Any, records: list[dict[str, Any]]
+) -> tuple[Forest, np.ndarray, dict[str, float]]:
+  """Samples a forest for a batch of prompts and grades its leaves.
+
+  Returns:
+    (forest, rewards [N] to train on with NaN at inner nodes, metrics).
+  """
+  began = time.perf_counter()
+  with run.progress.bar("rollout", total=run.config.rollout.parts + 1) as advance:
+    forest, rewards, failed, sampled = sample_parts(run, params, records, advance)
+  own = np.flatnonzero(forest.leaf & ~forest.probe)
+  path_tokens = [len(forest.response(leaf)) for leaf in own]
+  weights = shares(forest, probes=False)
+  return (
+    forest,
+    rewards,
+    {
+      # Siblings share alike: V of the prompts.
+      "train/reward_mean": float(np.average(rewards[own], weights=weights[own])),
+      "train/finished": float(np.mean(forest.finished[own])),
+      "train/response_tokens": float(np.mean(path_tokens)),
+      "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
+      "train/grader_failures": failed,
+      "time/rollout_s": sampled - began,
+      "time/grade_s": time.perf_counter() - sampled,
+    },
+  )
+
+
+def sample_parts(
+  run: Run, params: Any, records: list[dict[str, Any]], advance: Callable[..., None]
+) -> tuple[Forest, np.ndarray, int, float]:
+  """Samples the prompts part by part; a part is graded on a thread while the next is sampled.
+
+  Returns:
+    (forest and rewards as of `sample`, number of leaves that the grader failed on, the time at
+    which all was sampled).
+  """
+  rollout = run.config.rollout
+  prompts = run.task.prompts(records, run.key("rollout"), "ordinal")
+  rows = np.arange(len(records)).reshape(rollout.parts, -1)
+  forests, grades = [], []
+  with one_thread() as thread:
+    for part in rows:
+      if grades:
+        grades[-1] = thread.submit(grades[-1]).result
+      of_part = [records[row] for row in part]
+      taken = prompts if rollout.parts == 1 else prompts.take(part)
+      forests.append(grow(run, params, taken, of_part))
+      grades.append(functools.partial(grade, run, forests[-1], of_part))
+      advance(1)
+    sampled = time.perf_counter()
+    # The last part is graded here, as nothing is sampled beside it.
+    rewards, failed = zip(*(graded() for graded in grades), strict=True)
+    advance(1)
+  if rollout.parts == 1:
+    return forests[0], rewards[0], failed[0], sampled
+  forest, order = interleave(forests, rows, by_level=rollout.strategy != "chain")
+  return forest, np.concatenate(rewards)[order], sum(failed), sampled
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[ThreadPoolExecutor]:
+  """A thread for what is done beside the block.
+
+  A block that is left by an exception, an interrupt for instance, waits for what the thread has
+  begun, and drops the rest.
+  """
+  executor = ThreadPoolExecutor(max_workers=1)
+  try:
+    yield executor
+  finally:
+    executor.shutdown(cancel_futures=True)
+
+
+def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
+  """Rewards to train on.
+
+  Returns:
+    ([N] float32, NaN at inner nodes; number of leaves that the grader failed on).
+  """
+  advantage = run.config.advantage
+  leaves = np.flatnonzero(forest.leaf)
+  rewards = np.full(len(forest.parent), np.nan, np.float32)
+  texts = run.task.texts([forest.response(leaf) for leaf in leaves])
+  answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
+  rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
+  if not advantage.grade_unfinished:
+    cut_off = forest.leaf & ~forest.finished
+    rewards = shape_unfinished(rewards, cut_off, advantage.unfinished_penalty)
+  return rewards, int(failed.sum())
+
+
+def disagree(run: Run, records: list[dict[str, Any]], trajectories: Forest) -> np.ndarray:
+  """[R] bool, prompts whose trajectories differ in reward."""
+  rewards, _ = grade(run, trajectories, records)
+  leaves = np.flatnonzero(trajectories.leaf)
+  least, most = np.full(len(records), np.inf), np.full(len(records), -np.inf)
+  np.minimum.at(least, trajectories.tree[leaves], rewards[leaves])
+  np.maximum.at(most, trajectories.tree[leaves], rewards[leaves])
+  return most > least
+
+
+def grow(
+  run: Run, params: Any, prompts: strategies.Prompts, records: list[dict[str, Any]]
+) -> Forest:
+  """Samples the forest that the config asks for."""
+  config, rollout = run.config, run.config.rollout
+  sampler = run.sampler(temperature=rollout.temperature, truncate=True)
+  if rollout.strategy != "chain":
+    return strategies.grow_tree(
+      sampler, params, prompts, branches=config.branches, budgets=config.budgets
+    )
+  return strategies.grow_chain(
+    sampler,
+    params,
+    prompts,
+    samples=rollout.samples,
+    probes=rollout.probes,
+    max_new_tokens=rollout.max_response_tokens,
+    partition=run.partition(),
+    cuts_per_group=rollout.cuts_per_group,
+    probe=functools.partial(disagree, run, records) if rollout.probe_where == "mixed" else None,
+  )
