@@ -1,18 +1,14 @@
 """The whole loop, small: every method trains, writes what it promises, and resumes exactly."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-import types
 
 import jax
 import numpy as np
 import pytest
 
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
-from spo_jax import batches
-from spo_jax.batches import disagree
 from spo_jax.command_line import claim_workdir
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
@@ -22,10 +18,8 @@ from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
 from spo_jax.train import train
-from spo_jax.training.estimate import estimate
 from spo_jax.training.step import init_state
 from tests import tiny_run
-from tests.training.forests import path_forest, tree_forest
 
 CONTRACT = {
   "iteration",
@@ -125,42 +119,6 @@ SMALL = SIGNAL | {
   "new_model__layers": 1,
   "warm_start__max_steps": 0,
 }
-
-
-def test_the_mean_reward_is_the_value_of_the_prompts(monkeypatch):
-  rng = np.random.default_rng(3)
-  forest = tree_forest(rng, (3, 2, 2), (2, 2, 2), prompts=(2, 3), ragged=True)
-  rewards = np.where(forest.leaf, rng.random(len(forest.parent)), np.nan).astype(np.float32)
-  monkeypatch.setattr(batches, "grow", lambda *_: forest)
-  monkeypatch.setattr(batches, "grade", lambda *_: (rewards, 0))
-  run = types.SimpleNamespace(
-    config=Config(),
-    progress=types.SimpleNamespace(bar=lambda *_, **__: contextlib.nullcontext(lambda _: None)),
-    task=types.SimpleNamespace(prompts=lambda *_: None),
-    key=lambda _: None,
-  )
-  *_, metrics = batches.sample(run, None, [None] * 2)
-  values = estimate(forest, rewards, Config().advantage, probed=False).values
-  np.testing.assert_allclose(
-    metrics["train/reward_mean"], values[forest.depth == 0].mean(), rtol=1e-5
-  )
-  assert abs(metrics["train/reward_mean"] - np.nanmean(rewards)) > 1e-3
-
-
-def test_prompts_whose_trajectories_differ_in_reward_are_the_mixed_ones():
-  forest = path_forest(np.random.default_rng(0), [2] * 6, [3] * 6)
-  forest = forest._replace(tree=np.tile(np.repeat([0, 1, 2], 2), 2))
-  rewards = iter([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])
-  task = types.SimpleNamespace(
-    texts=lambda responses: ["" for _ in responses],
-    grade=lambda texts, answers, shaped: (
-      np.array([next(rewards) for _ in texts], np.float32),
-      np.zeros(len(texts), bool),
-    ),
-  )
-  run = types.SimpleNamespace(config=Config(), task=task)
-  records = [{"answer": ""}] * 3
-  assert disagree(run, records, forest).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(
