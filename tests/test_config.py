@@ -107,6 +107,8 @@ def test_the_schedule_follows_the_number_of_updates():
     ("rollout.temperature", 0.0, "temperature"),
     ("rollout.top_p", 1.5, "top_p is 1.5"),
     ("rollout.prompts", 0, "config.rollout.prompts is 0, it must be positive"),
+    ("rollout.parts", 0, "config.rollout.parts is 0, it must be positive"),
+    ("rollout.parts", 7, "config.rollout.parts 7 must divide config.rollout.prompts 96"),
     ("rollout.prompts", 9.5, "config.rollout.prompts is 9.5, it must be of type int"),
     ("loss.scaling", "white", "it must be one of: whiten, rescale, none"),
     ("loss.kl_estimator", "full", "kl_estimator"),
@@ -247,6 +249,10 @@ def test_batches_that_the_mesh_cannot_divide_are_named():
   check_mesh(config, 8)
   with pytest.raises(UserError, match="config.rollout.prompts 96 cannot be divided .* are 5"):
     check_mesh(config, 5)
+  config = from_config_dict(changed("rollout.parts", 24), Config)
+  check_mesh(config, 4)
+  with pytest.raises(UserError, match="parts 24: the 4 prompts of each cannot .* are 8: use few"):
+    check_mesh(config, 8)
 
 
 def test_budgets_and_longest_tree():
