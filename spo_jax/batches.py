@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spo_jax.config import RolloutConfig
 from spo_jax.forest import Forest, interleave
 from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run
@@ -57,15 +58,14 @@ def sample_parts(
   """
   rollout = run.config.rollout
   prompts = run.task.prompts(records, run.key("rollout"), "ordinal")
-  rows = np.arange(len(records)).reshape(rollout.parts, -1)
+  rows = deal(prompts.lengths, rollout)
   forests, grades = [], []
   with one_thread() as thread:
     for part in rows:
       if grades:
         grades[-1] = thread.submit(grades[-1]).result
       of_part = [records[row] for row in part]
-      taken = prompts if rollout.parts == 1 else prompts.take(part)
-      forests.append(grow(run, params, taken, of_part))
+      forests.append(grow(run, params, take(prompts, part, rollout), of_part))
       grades.append(functools.partial(grade, run, forests[-1], of_part))
       advance(1)
     sampled = time.perf_counter()
@@ -76,6 +76,25 @@ def sample_parts(
     return forests[0], rewards[0], failed[0], sampled
   forest, order = interleave(forests, rows, by_level=rollout.strategy != "chain")
   return forest, np.concatenate(rewards)[order], sum(failed), sampled
+
+
+def deal(lengths: np.ndarray, rollout: RolloutConfig) -> np.ndarray:
+  """[parts, R / parts] rows of the parts' prompts: as they come, or by length with buckets."""
+  order = np.arange(len(lengths))
+  if rollout.prompt_buckets:
+    order = np.argsort(lengths, kind="stable")
+  return np.sort(order.reshape(rollout.parts, -1))
+
+
+def take(
+  prompts: strategies.Prompts, rows: np.ndarray, rollout: RolloutConfig
+) -> strategies.Prompts:
+  """The prompts of a part, at the least width that holds them."""
+  longest, width = prompts.lengths[rows].max(), prompts.tokens.shape[1]
+  least = min((bucket for bucket in rollout.prompt_buckets if bucket >= longest), default=width)
+  if (len(rows), least) == prompts.tokens.shape:
+    return prompts
+  return prompts.take(rows, least)
 
 
 @contextlib.contextmanager

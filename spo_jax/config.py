@@ -96,6 +96,9 @@ class RolloutConfig:
   prompts: int = 96  # an iteration
   parts: int = 1  # that the prompts are sampled in; each is graded while the next is sampled
   max_prompt_tokens: int = 40
+  # Widths in tokens below max_prompt_tokens: prompts are dealt to the parts by length, and each
+  # part is prefilled at the least that holds it. Every width compiles.
+  prompt_buckets: tuple[int, ...] = ()
   max_response_tokens: int = 46
   branches: tuple[int, ...] = (2, 2, 2)  # tree: children of a node, by depth
   segment_tokens: tuple[int, ...] = (

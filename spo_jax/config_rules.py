@@ -1,6 +1,7 @@
 """Values of a config that can work, and choices that go together."""
 
 import functools
+import itertools
 
 from spo_jax.algorithms.kl_control import ERROR_BOUND
 from spo_jax.config import (
@@ -235,6 +236,12 @@ def _check_rollout(config: Config) -> None:
     rollout.prompts % rollout.parts == 0,
     f"config.rollout.parts {rollout.parts} must divide config.rollout.prompts {rollout.prompts}: "
     "each part has as many",
+  )
+  edges = (0, *rollout.prompt_buckets, rollout.max_prompt_tokens)
+  _need(
+    all(a < b for a, b in itertools.pairwise(edges)),
+    f"config.rollout.prompt_buckets {rollout.prompt_buckets} must increase, from 1 or more to less "
+    f"than max_prompt_tokens {rollout.max_prompt_tokens}",
   )
   fits = len(config.branches) == len(config.budgets)
   _need(

@@ -10,10 +10,11 @@ import pytest
 
 from spo_jax import batches
 from spo_jax.algorithms.partition import make_partition
-from spo_jax.batches import disagree, sample
+from spo_jax.batches import deal, disagree, sample, take
 from spo_jax.config import Config
 from spo_jax.errors import UserError
 from spo_jax.forest import interleave
+from spo_jax.sampling.strategies import Prompts
 from spo_jax.training.estimate import estimate
 from tests.tiny import take_prompts, tiny_config, tiny_params, tiny_prompts, tiny_sampler
 from tests.training.forests import path_forest, tree_forest
@@ -60,15 +61,14 @@ CHAIN = {"strategy": "chain", "samples": 2, "probes": 2, "probe_where": "mixed"}
 
 
 @pytest.fixture(scope="module", params=[GROUP, CHAIN], ids=["group", "chain"])
-def sampled(request):
-  """What `sample` gives for a number of parts."""
+def whole(request):
+  """A shape of forests, and what `sample` gives for it in one part."""
+  return request.param, sample_in_parts(request.param, 1)
 
-  def of_parts(parts, **more):
-    rollout = request.param | {"prompts": 6, "max_prompt_tokens": 6, "max_response_tokens": 9}
-    run = make_run(with_rollout(**rollout, parts=parts, **more))
-    return sample(run, tiny_params(CFG), RECORDS)
 
-  return of_parts
+def sample_in_parts(shape, parts, **more):
+  rollout = shape | {"prompts": 6, "max_prompt_tokens": 6, "max_response_tokens": 9} | more
+  return sample(make_run(with_rollout(**rollout, parts=parts)), tiny_params(CFG), RECORDS)
 
 
 def without_times(metrics):
@@ -86,16 +86,23 @@ def assert_same_batch(got, want):
   np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-6)
 
 
-def test_parts_change_nothing_but_times(sampled):
-  forest, rewards, metrics = sampled(1)
+def test_parts_and_buckets_change_nothing_but_times(whole, monkeypatch):
+  shape, (forest, rewards, metrics) = whole
   assert len(set(rewards[forest.leaf])) == 5 and metrics["train/grader_failures"] > 0
   if not forest.probe.any():
-    assert_same_batch(sampled(2), (forest, rewards, metrics))
+    assert_same_batch(sample_in_parts(shape, 2), (forest, rewards, metrics))
   else:
     assert len(np.unique(forest.tree[forest.probe])) < 6, "no prompt's trajectories agree"
     forest, order = interleave([forest], [np.arange(6)], by_level=False)  # probes by prompt
     rewards = rewards[order]
-  assert_same_batch(sampled(3), (forest, rewards, metrics))
+  widths = []
+  grow = batches.grow
+  monkeypatch.setattr(
+    batches, "grow", lambda *args: widths.append(args[2].tokens.shape[1]) or grow(*args)
+  )
+  in_buckets = sample_in_parts(shape, 3, prompt_buckets=(5,))
+  assert_same_batch(in_buckets, (forest, rewards, metrics))
+  assert widths == [5, 5, 6]
 
 
 class Graded:
@@ -172,6 +179,22 @@ def test_an_interrupt_ends_what_is_graded_beside_and_what_waits(monkeypatch):
     engine.sample()
   assert engine.graded[0].is_set() and not any(e.is_set() for e in engine.graded[1:])
   assert not engine.threads[0].is_alive()
+
+
+def test_a_part_is_prefilled_at_the_least_width_that_holds_it():
+  lengths = np.array([9, 2, 5, 3, 4, 4])
+  prompts = Prompts(np.arange(60).reshape(6, 10), lengths, np.arange(6))
+  rollout = with_rollout(parts=3, prompt_buckets=(4, 5, 8)).rollout
+  rows = deal(lengths, rollout)
+  np.testing.assert_array_equal(rows, [[1, 3], [4, 5], [0, 2]])
+  parts = [take(prompts, part, rollout) for part in rows]
+  assert [part.tokens.shape for part in parts] == [(2, 4), (2, 4), (2, 10)]
+  np.testing.assert_array_equal(parts[1].tokens, [[40, 41, 42, 43], [50, 51, 52, 53]])
+  np.testing.assert_array_equal(parts[1].keys, [4, 5])
+  rollout = dataclasses.replace(rollout, prompt_buckets=())
+  np.testing.assert_array_equal(deal(lengths, rollout), [[0, 1], [2, 3], [4, 5]])
+  one = dataclasses.replace(rollout, parts=1)
+  assert take(prompts, *deal(lengths, one), one) is prompts
 
 
 def test_one_part_needs_no_thread(monkeypatch):
