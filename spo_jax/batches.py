@@ -1,20 +1,104 @@
-"""An iteration's batch: a forest that is sampled for its prompts, and the rewards of its leaves."""
+"""An iteration's batch: a forest that is sampled for its prompts, and the rewards of its leaves.
+
+Host and device work side by side in two places: a part of the prompts is graded while the next is
+sampled, and with `config.rollout.ahead` the next batch is sampled while one is trained on.
+"""
 
 import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.config import RolloutConfig
+from spo_jax.data import source
 from spo_jax.forest import Forest, interleave
+from spo_jax.learner import Learner
 from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run
 from spo_jax.sampling import strategies
 from spo_jax.training.weights import shares
+
+_AHEAD = "ahead_"  # begins the names of a waiting batch's arrays
+
+
+class Batch(NamedTuple):
+  """What an iteration learns from."""
+
+  records: list[dict[str, Any]]  # R prompts
+  forest: Forest  # N nodes
+  rewards: np.ndarray  # [N] float32 to train on, NaN at inner nodes
+  metrics: dict[str, float]
+
+
+class Batches:
+  """The batches of a run in their order. `record` and `arrays` are its part of a checkpoint."""
+
+  def __init__(self, run: Run):
+    """Begins with the first prompts."""
+    self._run = run
+    self._iterator = source.make_iterator(
+      run.task.split("train"),
+      batch_size=run.config.rollout.prompts,
+      seed=run.config.seed,
+      replacement=run.config.data.replacement,
+    )
+    self._position = self._iterator.get_state()  # of the batch that `take` gives next
+    self._waiting: Batch | None = None  # that batch, if it was sampled ahead
+
+  def take(self, params: Any) -> Batch:
+    """The next batch: the one that waits, or else one that these parameters sample."""
+    batch, self._waiting = self._waiting, None
+    if batch is None:
+      records = next(self._iterator)
+      batch = Batch(records, *sample(self._run, params, records))
+    self._position = self._iterator.get_state()
+    return batch
+
+  @contextlib.contextmanager
+  def ahead(self, learner: Learner) -> Iterator[None]:
+    """Samples the next batch beside the block, in which the learner takes its steps.
+
+    Without `config.rollout.ahead` there is the block alone. With it, a run samples one batch more
+    than it trains on: a run of more iterations goes on with that.
+    """
+    if not self._run.config.rollout.ahead:
+      yield
+      return
+    records = next(self._iterator)
+    # Copied before the block: an update donates the parameters, and so deletes them while the
+    # thread has programs yet to start with them.
+    params = jax.tree.map(jnp.copy, learner.params)
+    with one_thread() as thread:
+      sampled = thread.submit(sample, self._run, params, records)
+      yield
+      self._waiting = Batch(records, *sampled.result())
+
+  def record(self) -> dict[str, Any]:
+    """What checkpoints hold in JSON; the records that wait are drawn again."""
+    waiting = self._waiting
+    return {"iterator": self._position, "ahead": None if waiting is None else waiting.metrics}
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """What checkpoints hold in host arrays: the forest that waits and its rewards, if any do."""
+    if self._waiting is None:
+      return {}
+    columns = self._waiting.forest._asdict() | {"rewards": self._waiting.rewards}
+    return {_AHEAD + name: column for name, column in columns.items()}
+
+  def restore(self, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Takes up where `record` and `arrays` were given."""
+    self._position = record["iterator"]
+    self._iterator.set_state(self._position)
+    if self._run.config.rollout.ahead:
+      forest = Forest(**{name: arrays[_AHEAD + name] for name in Forest._fields})
+      records, rewards = next(self._iterator), arrays[_AHEAD + "rewards"]
+      self._waiting = Batch(records, forest, rewards, record["ahead"])
 
 
 def sample(

@@ -115,6 +115,7 @@ class RolloutConfig:
   slots: int = 1024  # most groups of continuations that are decoded at a time
   refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
+  ahead: bool = False  # sample the next forest during an update, by the policy before it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,6 +173,20 @@ def check_mesh(config: Config | EvaluationConfig, row_shards: int) -> None:
     )
 
 
+def check_ahead(config: Config, devices: int) -> None:
+  """Checks that sampling beside the update cannot block it.
+
+  Raises:
+    UserError: if the mesh has several devices: each would begin the programs of two threads in an
+      order of its own, and what exchanges data in one of them would wait for the other.
+  """
+  _need(
+    not config.rollout.ahead or devices == 1,
+    f"config.rollout.ahead samples beside the update, which is safe on one device, and the mesh "
+    f"has {devices}: set it to False",
+  )
+
+
 def _check_positive(config, names: tuple[str, ...]) -> None:
   for name in names:
     value = _field(config, name)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from spo_jax import rollouts
-from spo_jax.batches import sample
-from spo_jax.data import source
+from spo_jax.batches import Batches
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
 from spo_jax.infra.checkpoints import Checkpoints, Counters
@@ -32,12 +31,7 @@ def train(run: Run) -> Any:
     Parameters of the trained policy.
   """
   config = run.config
-  iterator = source.make_iterator(
-    run.task.split("train"),
-    batch_size=config.rollout.prompts,
-    seed=config.seed,
-    replacement=config.data.replacement,
-  )
+  batches = Batches(run)
   held = run.task.held_out(config.eval.split, config.eval.prompts)
   learner = Learner(run, warm_start(run))
   buffer = None
@@ -53,10 +47,12 @@ def train(run: Run) -> Any:
     if (latest := checkpoints.latest()) is not None:
       arrays, record = checkpoints.restore(latest, learner.arrays())
       learner.load(arrays, record["learner"])
+      keeps = buffer is not None or config.rollout.ahead
+      waiting = checkpoints.restore_host_arrays(latest) if keeps else {}
       if buffer is not None:
-        buffer.restore(checkpoints.restore_host_arrays(latest))
+        buffer.restore(waiting)
+      batches.restore(record, waiting)
       counters = Counters(**record["counters"])
-      iterator.set_state(record["iterator"])
       writer.restore(record["metrics"])
       run.progress.note(f"resumed after iteration {counters.iteration}")
     else:
@@ -68,15 +64,15 @@ def train(run: Run) -> Any:
 
     while counters.iteration < config.iterations:
       counters.iteration += 1
-      records = next(iterator)
-      forest, rewards, sampling_metrics = sample(run, learner.params, records)
+      records, forest, rewards, sampling_metrics = batches.take(learner.params)
       estimated = estimate(
         forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
       )
       chosen, replay_metrics = choose(
         run, counters.iteration, records, forest, rewards, estimated, buffer
       )
-      metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
+      with batches.ahead(learner):
+        metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
       counters.tokens_sampled += int(forest.lengths[forest.depth > 0].sum())
       counters.tokens_trained += int(metrics["train/tokens"])
       last = counters.iteration == config.iterations
@@ -89,12 +85,12 @@ def train(run: Run) -> Any:
       if last or counters.iteration % config.checkpoint.every == 0:
         record = {
           "counters": dataclasses.asdict(counters),
-          "iterator": iterator.get_state(),
           "learner": learner.record(),
           "metrics": writer.position(),
+          **batches.record(),
         }
-        waiting = None if buffer is None else buffer.state()
-        checkpoints.save(counters.iteration, learner.arrays(), record, waiting)
+        waiting = batches.arrays() | ({} if buffer is None else buffer.state())
+        checkpoints.save(counters.iteration, learner.arrays(), record, waiting or None)
   run.progress.note(f"report: {write_report(run.workdir)}")
   return learner.params
 

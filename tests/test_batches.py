@@ -181,6 +181,61 @@ def test_an_interrupt_ends_what_is_graded_beside_and_what_waits(monkeypatch):
   assert not engine.threads[0].is_alive()
 
 
+class Ahead:
+  """Stands for sampling; batches are of two records, numbered."""
+
+  def __init__(self, monkeypatch, ahead):
+    source = [{"question": str(i), "answer": str(i)} for i in range(6)]
+    run = make_run(with_rollout(prompts=2, ahead=ahead), split=lambda _: source)
+    self.batches = batches.Batches(run)
+    self.learner = types.SimpleNamespace(params=np.zeros(1))
+    self.begun, self.threads = threading.Event(), []
+    monkeypatch.setattr(batches, "sample", self.sample)
+
+  def sample(self, run, params, records):
+    self.threads.append(threading.current_thread())
+    self.begun.set()
+    ordinal = records[0]["ordinal"]
+    forest = tree_forest(np.random.default_rng(ordinal), (1,), (2,), prompts=(2, 2))
+    return forest, np.full(4, params[0]), {"ordinal": ordinal}
+
+
+def test_the_next_batch_is_sampled_beside_the_block(monkeypatch):
+  engine = Ahead(monkeypatch, ahead=True)
+  assert engine.batches.take([7.0]).metrics == {"ordinal": 0}
+  engine.begun.clear()
+  with engine.batches.ahead(engine.learner):
+    engine.learner.params[:] = np.nan  # as if donated
+    assert engine.begun.wait(PATIENCE_S), "nobody samples meanwhile"
+  batch = engine.batches.take([7.0])
+  assert batch.metrics == {"ordinal": 2} and batch.rewards[0] == 0
+  assert engine.threads[0] is threading.main_thread() is not engine.threads[1]
+  assert engine.batches.take([7.0]).metrics == {"ordinal": 4}
+
+
+def test_without_ahead_there_is_the_block_alone(monkeypatch):
+  engine = Ahead(monkeypatch, ahead=False)
+  with engine.batches.ahead(engine.learner):
+    pass
+  assert not engine.threads and engine.batches.arrays() == {}
+  assert engine.batches.take([7.0]).rewards[0] == 7
+
+
+def test_an_update_that_is_interrupted_ends_what_is_sampled_beside(monkeypatch):
+  engine = Ahead(monkeypatch, ahead=True)
+  with pytest.raises(KeyboardInterrupt), engine.batches.ahead(engine.learner):
+    engine.begun.wait(PATIENCE_S)
+    raise KeyboardInterrupt
+  assert not engine.threads[0].is_alive()
+
+
+def test_what_sampling_ahead_raises_is_raised_after_the_block(monkeypatch):
+  engine = Ahead(monkeypatch, ahead=True)
+  monkeypatch.setattr(batches, "sample", lambda *_: (_ for _ in ()).throw(UserError("no room")))
+  with pytest.raises(UserError, match="^no room$"), engine.batches.ahead(engine.learner):
+    engine.begun.set()
+
+
 def test_a_part_is_prefilled_at_the_least_width_that_holds_it():
   lengths = np.array([9, 2, 5, 3, 4, 4])
   prompts = Prompts(np.arange(60).reshape(6, 10), lengths, np.arange(6))

@@ -10,7 +10,7 @@ from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, s
 from configs.experiments import EXPERIMENTS
 from spo_jax.config import Config, default_config, parse_variant
 from spo_jax.config_check import check_field, from_config_dict
-from spo_jax.config_rules import check_mesh
+from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.errors import UserError
 
 METHODS = (spo_tree, spo_chain, grpo, rloo, dr_grpo, ppo, vineppo, restem, dpo_positive)
@@ -256,6 +256,14 @@ def test_batches_that_the_mesh_cannot_divide_are_named():
   check_mesh(config, 4)
   with pytest.raises(UserError, match="parts 24: the 4 prompts of each cannot .* are 8: use few"):
     check_mesh(config, 8)
+
+
+def test_sampling_ahead_is_for_one_device():
+  check_ahead(Config(), 8)
+  config = from_config_dict(changed("rollout.ahead", True), Config)
+  check_ahead(config, 1)
+  with pytest.raises(UserError, match="safe on one device, and the mesh has 8: set it to False"):
+    check_ahead(config, 8)
 
 
 def test_budgets_and_longest_tree():

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
+from spo_jax import batches
 from spo_jax.command_line import claim_workdir
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
+from spo_jax.errors import UserError
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.progress import Progress
 from spo_jax.main import MAY_CHANGE
@@ -168,6 +170,7 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
   [
     pytest.param(ppo, ADAPTIVE, id="critic-and-kl"),
     pytest.param(spo_tree, REPLAY, id="replay"),
+    pytest.param(spo_tree, REPLAY | {"rollout__ahead": True}, id="replay-ahead"),
   ],
 )
 def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path, data):
@@ -185,3 +188,32 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
   else:
     assert lines[1]["replay/waiting"] > 0 and lines[3]["replay/expired"] == 0
     assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new
+
+
+def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, data, monkeypatch):
+  fields = SMALL | data | REPLAY | {"rollout__ahead": True, "iterations": 3, "checkpoint__every": 1}
+  # The schedule of a longer run: the programs are those of the tests above.
+  config = dataclasses.replace(tiny_config(spo_tree, **fields), iterations=2)
+  sample, calls = batches.sample, []
+
+  def record(run, params, records):
+    at_first = jax.tree.map(np.array, params)
+    calls.append((run, at_first, records, sample(run, params, records)))
+    return calls[-1][-1]
+
+  with monkeypatch.context() as patch:
+    patch.setattr(batches, "sample", record)
+    lines = run_once(config, tmp_path)
+  run, policies = calls[0][0], [call[1] for call in calls]
+  initial = run.initial_params()
+  is_initial = [all(jax.tree.leaves(jax.tree.map(np.array_equal, p, initial))) for p in policies]
+  assert is_initial == [True, True, False]  # the third waits for a run of more iterations
+  _, _, records, (forest, rewards, _) = calls[1]
+  assert [record["ordinal"] for record in records] == list(range(8, 16))
+  wanted, wanted_rewards, metrics = sample(run, initial, records)
+  jax.tree.map(np.testing.assert_array_equal, (forest, rewards), (wanted, wanted_rewards))
+  assert lines[2]["train/reward_mean"] == metrics["train/reward_mean"]
+  assert lines[2]["tokens/sampled"] > lines[1]["tokens/sampled"] > 0
+  changed = dataclasses.replace(config.rollout, ahead=False)
+  with pytest.raises(UserError, match="another config .rollout.ahead differs."):
+    run_once(dataclasses.replace(config, rollout=changed), tmp_path)
