@@ -177,11 +177,11 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
   fields = SMALL | data | overrides | {"iterations": 3, "checkpoint__every": 1}
   config = tiny_config(module, **fields)
   run_once(config, tmp_path / "whole")
-  run_once(dataclasses.replace(config, iterations=2), tmp_path / "resumed")
+  run_once(dataclasses.replace(config, iterations=1), tmp_path / "resumed")
   lines = run_once(config, tmp_path / "resumed")
   got, want = (tiny_run.metrics_without_timings(tmp_path / name) for name in ("resumed", "whole"))
   # The shorter run evaluated its last iteration too.
-  assert [got[0], got[1], got[3]] == [want[0], want[1], want[3]]
+  assert [got[0], *got[2:]] == [want[0], *want[2:]]
   assert all(line["train/skipped"] < 1 for line in lines[1:])
   if module is ppo:
     assert lines[3]["train/kl_coef"] != lines[2]["train/kl_coef"] != config.loss.kl_coef
