@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.peer_trainers import EPSILON, one_device_mesh
+from spo_jax.batches import sample
 from spo_jax.config import (
   AdvantageConfig,
   Config,
@@ -32,7 +33,7 @@ from spo_jax.models.families import config_from_hf
 from spo_jax.models.pretrained import find_pretrained
 from spo_jax.run import Run
 from spo_jax.sampling.strategies import Prompts
-from spo_jax.train import choose, sample
+from spo_jax.train import choose
 from spo_jax.training.estimate import estimate
 from spo_jax.training.optimizer import make_optimizer
 

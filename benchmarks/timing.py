@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from spo_jax.command_line import USER_ERROR_STATUS
 from spo_jax.errors import UserError
 
-MATMUL_SIZE = 1024
-COPY_FLOATS = 1 << 25
+# Of the square and of the copy: on an accelerator what takes longer than it takes to ask for it.
+MATMUL_SIZE = {"cpu": 1024}
+MATMUL_SIZE_ELSEWHERE = 8192
+COPY_FLOATS = {"cpu": 1 << 25}
+COPY_FLOATS_ELSEWHERE = 1 << 28
 RATE_REPEATS = 7
 
 
@@ -63,11 +66,14 @@ def machine() -> str:
   )
 
 
-def machine_rates() -> dict[str, float]:
-  """The machine's best: float32 matmuls in GFLOP/s, copies in GB/s, read and written."""
-  square, line = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(COPY_FLOATS)
+def machine_rates(dtype: str = "float32") -> dict[str, float]:
+  """A device's best: matmuls of a dtype in GFLOP/s, copies in GB/s, read and written."""
+  platform_ = jax.default_backend()
+  size = MATMUL_SIZE.get(platform_, MATMUL_SIZE_ELSEWHERE)
+  square = jnp.ones((size, size), dtype)
+  line = jnp.ones(COPY_FLOATS.get(platform_, COPY_FLOATS_ELSEWHERE))
   matmul, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-  amounts = {"matmul_gflops": 2 * MATMUL_SIZE**3, "copy_gb_s": 2 * line.nbytes}
+  amounts = {"matmul_gflops": 2 * size**3, "copy_gb_s": 2 * line.nbytes}
   calls = {
     "matmul_gflops": lambda _: jax.block_until_ready(matmul(square)),
     "copy_gb_s": lambda _: jax.block_until_ready(copy(line)),

@@ -94,7 +94,11 @@ class RolloutConfig:
 
   strategy: str = "tree"  # "tree", "chain" or "group"
   prompts: int = 96  # an iteration
+  parts: int = 1  # that the prompts are sampled in; each is graded while the next is sampled
   max_prompt_tokens: int = 40
+  # Widths in tokens below max_prompt_tokens: prompts are dealt to the parts by length, and each
+  # part is prefilled at the least that holds it. Every width compiles.
+  prompt_buckets: tuple[int, ...] = ()
   max_response_tokens: int = 46
   branches: tuple[int, ...] = (2, 2, 2)  # tree: children of a node, by depth
   segment_tokens: tuple[int, ...] = (
@@ -112,6 +116,7 @@ class RolloutConfig:
   refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
   prefill_chunk: int = 0  # tokens of each prompt that are prefilled at a time; 0: all
+  ahead: bool = False  # sample the next forest during an update, by the policy before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +277,11 @@ class Config:
   def branches(self) -> tuple[int, ...]:
     """Children of a node by depth; a group is a tree of one level."""
     return (self.rollout.samples,) if self.rollout.strategy == "group" else self.rollout.branches
+
+  @property
+  def part_prompts(self) -> int:
+    """Prompts that are sampled together."""
+    return self.rollout.prompts // self.rollout.parts
 
   @property
   def responses(self) -> int:

@@ -1,6 +1,7 @@
 """Values of a config that can work, and choices that go together."""
 
 import functools
+import itertools
 
 from spo_jax.algorithms.kl_control import ERROR_BOUND
 from spo_jax.config import (
@@ -24,6 +25,7 @@ _POSITIVE = (
   "new_model.layers",
   "optimizer.learning_rate",
   "rollout.prompts",
+  "rollout.parts",
   "rollout.samples",
   "rollout.probes",
   "rollout.cuts_per_group",
@@ -165,6 +167,27 @@ def check_mesh(config: Config | EvaluationConfig, row_shards: int) -> None:
       f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are "
       f"{row_shards}: use a multiple of {row_shards}",
     )
+  if isinstance(config, Config):
+    size = config.part_prompts
+    _need(
+      size % row_shards == 0,
+      f"config.rollout.parts {config.rollout.parts}: the {size} prompts of each cannot be divided "
+      f"over the mesh, whose data x fsdp axes are {row_shards}: use fewer parts",
+    )
+
+
+def check_ahead(config: Config, devices: int) -> None:
+  """Checks that sampling beside the update cannot block it.
+
+  Raises:
+    UserError: if the mesh has several devices: each would begin the programs of two threads in an
+      order of its own, and what exchanges data in one of them would wait for the other.
+  """
+  _need(
+    not config.rollout.ahead or devices == 1,
+    f"config.rollout.ahead samples beside the update, which is safe on one device, and the mesh "
+    f"has {devices}: set it to False",
+  )
 
 
 def _check_positive(config, names: tuple[str, ...]) -> None:
@@ -227,6 +250,17 @@ def _check_rollout(config: Config) -> None:
   _need(rollout.temperature > 0, "config.rollout.temperature must be above 0: rollouts explore")
   _check_top(rollout, "rollout.")
   _check_prefill(rollout, "rollout.")
+  _need(
+    rollout.prompts % rollout.parts == 0,
+    f"config.rollout.parts {rollout.parts} must divide config.rollout.prompts {rollout.prompts}: "
+    "each part has as many",
+  )
+  edges = (0, *rollout.prompt_buckets, rollout.max_prompt_tokens)
+  _need(
+    all(a < b for a, b in itertools.pairwise(edges)),
+    f"config.rollout.prompt_buckets {rollout.prompt_buckets} must increase, from 1 or more to less "
+    f"than max_prompt_tokens {rollout.max_prompt_tokens}",
+  )
   fits = len(config.branches) == len(config.budgets)
   _need(
     rollout.strategy == "chain" or (fits and min((*config.branches, *config.budgets)) > 0),

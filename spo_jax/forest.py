@@ -142,6 +142,30 @@ def concatenate(forests: Sequence[Forest]) -> Forest:
   )
 
 
+def interleave(
+  forests: Sequence[Forest], trees: Sequence[np.ndarray], *, by_level: bool
+) -> tuple[Forest, np.ndarray]:
+  """One forest of several whose prompts are mixed, with its nodes in the order of the prompts.
+
+  Trees that grew level by level lie as they do where all prompts are sampled at once; so do chains,
+  but for their probes, which here lie prompt by prompt.
+
+  Args:
+    forests: at least one.
+    trees: of each forest, the indices [R] that its trees have among the prompts of all.
+    by_level: nodes are ordered by depth before prompts (`strategies.grow_tree`); else those of a
+      prompt stay together (`strategies.grow_chain`). Probes are last either way.
+
+  Returns:
+    (forest of N nodes, [N] int64 which nodes of the forests, end to end, they are).
+  """
+  joined = concatenate(forests)
+  tree = np.concatenate(trees).astype(np.int32)[joined.tree]
+  level = joined.depth if by_level else np.minimum(joined.depth, 1)  # roots first
+  order = np.lexsort((tree, level, joined.probe))
+  return _pick(joined._replace(tree=tree), order), order
+
+
 def prune(forest: Forest, keep: np.ndarray) -> tuple[Forest, np.ndarray]:
   """The kept nodes and their ancestors, in the order they had; trees are numbered anew from 0.
 
@@ -162,21 +186,28 @@ def prune(forest: Forest, keep: np.ndarray) -> tuple[Forest, np.ndarray]:
     nodes = above[~kept[above]]
     kept[nodes] = True
   index = np.flatnonzero(kept)
-  number = np.cumsum(kept, dtype=np.int32) - 1  # of a kept node in the new forest
-  parent = forest.parent[index]
-  lengths = forest.lengths
-  spans = np.repeat(kept, lengths)
-  pruned = Forest(
-    tree=np.unique(forest.tree[index], return_inverse=True)[1].astype(np.int32),
+  pruned = _pick(forest, index)
+  tree = np.unique(pruned.tree, return_inverse=True)[1].astype(np.int32)
+  return pruned._replace(tree=tree), index
+
+
+def _pick(forest: Forest, nodes: np.ndarray) -> Forest:
+  """Nodes [K] in the order given, each after its parent; trees keep their numbers."""
+  number = np.zeros(len(forest.parent), np.int32)  # of a picked node in the new forest
+  number[nodes] = np.arange(len(nodes))
+  parent, lengths = forest.parent[nodes], forest.lengths[nodes]
+  offsets = np.concatenate([[0], np.cumsum(lengths)])
+  source = np.repeat(forest.offsets[:-1][nodes] - offsets[:-1], lengths) + np.arange(offsets[-1])
+  return Forest(
+    tree=forest.tree[nodes],
     parent=np.where(parent < 0, -1, number[parent]),
-    depth=forest.depth[index],
-    finished=forest.finished[index],
-    probe=forest.probe[index],
-    offsets=np.concatenate([[0], np.cumsum(lengths[index])]),
-    tokens=forest.tokens[spans],
-    logprobs=forest.logprobs[spans],
+    depth=forest.depth[nodes],
+    finished=forest.finished[nodes],
+    probe=forest.probe[nodes],
+    offsets=offsets,
+    tokens=forest.tokens[source],
+    logprobs=forest.logprobs[source],
   )
-  return pruned, index
 
 
 def shorten(forest: Forest, lengths: np.ndarray) -> Forest:

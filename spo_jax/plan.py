@@ -18,7 +18,7 @@ from absl import flags
 from spo_jax import command_line
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
-from spo_jax.config_rules import check_mesh
+from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.data.tokenizer import load_tokenizer
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, row_shards
@@ -105,6 +105,7 @@ def make_plan(
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.devices)
   shards = row_shards(mesh)
   check_mesh(config, shards)
+  check_ahead(config, mesh.size)
   model = planned_decoder(config)
   check_backend(
     model.attention,
@@ -177,10 +178,9 @@ def planned_decoder(config: Config) -> DecoderConfig:
 
 def decoded_groups(config: Config) -> int:
   """Groups of the last and largest call of `decode` of an iteration."""
-  rollout = config.rollout
-  if rollout.strategy == "chain":
-    return rollout.prompts * rollout.samples
-  return rollout.prompts * math.prod(config.branches[:-1])
+  if config.rollout.strategy == "chain":
+    return config.part_prompts * config.rollout.samples
+  return config.part_prompts * math.prod(config.branches[:-1])
 
 
 def find_largest(

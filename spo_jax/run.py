@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from spo_jax.algorithms.partition import make_partition
 from spo_jax.config import ComputeConfig, Config, NewModelConfig, RolloutConfig
-from spo_jax.config_rules import check_mesh
+from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.errors import UserError
 from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
@@ -97,11 +97,13 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
   """Builds the parts of a run and checks them against each other. The caller closes it.
 
   Raises:
-    UserError: if a batch does not divide over the mesh, the model or its attention cannot be used,
+    UserError: if a batch does not divide over the mesh, or it is too large for
+      `config.rollout.ahead`, the model or its attention cannot be used,
       or no token has the delimiter of the partition; see `open_task` for what the data may lack.
   """
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check_mesh(config, row_shards(mesh))
+  check_ahead(config, mesh.size)
   pretrained = model = None
   shape, cap = config.new_model, None
   if config.model:

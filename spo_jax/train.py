@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from typing import Any
 
 import numpy as np
 
 from spo_jax import rollouts
-from spo_jax.data import source
+from spo_jax.batches import Batches
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
 from spo_jax.infra.checkpoints import Checkpoints, Counters
@@ -18,14 +17,11 @@ from spo_jax.infra.metrics import MetricWriter
 from spo_jax.infra.report import write_report
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.notices import Notices
-from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run
-from spo_jax.sampling import strategies
 from spo_jax.training.estimate import Estimate, estimate
 from spo_jax.training.pairs import match_pairs
 from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
-from spo_jax.training.weights import shares
 
 
 def train(run: Run) -> Any:
@@ -35,12 +31,7 @@ def train(run: Run) -> Any:
     Parameters of the trained policy.
   """
   config = run.config
-  iterator = source.make_iterator(
-    run.task.split("train"),
-    batch_size=config.rollout.prompts,
-    seed=config.seed,
-    replacement=config.data.replacement,
-  )
+  batches = Batches(run)
   held = run.task.held_out(config.eval.split, config.eval.prompts)
   learner = Learner(run, warm_start(run))
   buffer = None
@@ -56,10 +47,12 @@ def train(run: Run) -> Any:
     if (latest := checkpoints.latest()) is not None:
       arrays, record = checkpoints.restore(latest, learner.arrays())
       learner.load(arrays, record["learner"])
+      keeps = buffer is not None or config.rollout.ahead
+      waiting = checkpoints.restore_host_arrays(latest) if keeps else {}
       if buffer is not None:
-        buffer.restore(checkpoints.restore_host_arrays(latest))
+        buffer.restore(waiting)
+      batches.restore(record, waiting)
       counters = Counters(**record["counters"])
-      iterator.set_state(record["iterator"])
       writer.restore(record["metrics"])
       run.progress.note(f"resumed after iteration {counters.iteration}")
     else:
@@ -71,15 +64,15 @@ def train(run: Run) -> Any:
 
     while counters.iteration < config.iterations:
       counters.iteration += 1
-      records = next(iterator)
-      forest, rewards, sampling_metrics = sample(run, learner.params, records)
+      records, forest, rewards, sampling_metrics = batches.take(learner.params)
       estimated = estimate(
         forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
       )
       chosen, replay_metrics = choose(
         run, counters.iteration, records, forest, rewards, estimated, buffer
       )
-      metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
+      with batches.ahead(learner):
+        metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
       counters.tokens_sampled += int(forest.lengths[forest.depth > 0].sum())
       counters.tokens_trained += int(metrics["train/tokens"])
       last = counters.iteration == config.iterations
@@ -92,99 +85,14 @@ def train(run: Run) -> Any:
       if last or counters.iteration % config.checkpoint.every == 0:
         record = {
           "counters": dataclasses.asdict(counters),
-          "iterator": iterator.get_state(),
           "learner": learner.record(),
           "metrics": writer.position(),
+          **batches.record(),
         }
-        waiting = None if buffer is None else buffer.state()
-        checkpoints.save(counters.iteration, learner.arrays(), record, waiting)
+        waiting = batches.arrays() | ({} if buffer is None else buffer.state())
+        checkpoints.save(counters.iteration, learner.arrays(), record, waiting or None)
   run.progress.note(f"report: {write_report(run.workdir)}")
   return learner.params
-
-
-def sample(
-  run: Run, params: Any, records: list[dict[str, Any]]
-) -> tuple[Forest, np.ndarray, dict[str, float]]:
-  """Samples a forest for a batch of prompts and grades its leaves.
-
-  Returns:
-    (forest, rewards [N] to train on with NaN at inner nodes, metrics).
-  """
-  began = time.perf_counter()
-  with run.progress.bar("rollout", total=2) as advance:
-    forest = grow(run, params, run.task.prompts(records, run.key("rollout"), "ordinal"), records)
-    advance(1)
-    sampled = time.perf_counter()
-    rewards, failed = grade(run, forest, records)
-    advance(1)
-  own = np.flatnonzero(forest.leaf & ~forest.probe)
-  path_tokens = [len(forest.response(leaf)) for leaf in own]
-  weights = shares(forest, probes=False)
-  return (
-    forest,
-    rewards,
-    {
-      # Siblings share alike: V of the prompts.
-      "train/reward_mean": float(np.average(rewards[own], weights=weights[own])),
-      "train/finished": float(np.mean(forest.finished[own])),
-      "train/response_tokens": float(np.mean(path_tokens)),
-      "train/segments_sampled": int(np.sum((forest.depth > 0) & ~forest.probe)),
-      "train/grader_failures": failed,
-      "time/rollout_s": sampled - began,
-      "time/grade_s": time.perf_counter() - sampled,
-    },
-  )
-
-
-def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
-  """Rewards to train on.
-
-  Returns:
-    ([N] float32, NaN at inner nodes; number of leaves that the grader failed on).
-  """
-  advantage = run.config.advantage
-  leaves = np.flatnonzero(forest.leaf)
-  rewards = np.full(len(forest.parent), np.nan, np.float32)
-  texts = run.task.texts([forest.response(leaf) for leaf in leaves])
-  answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
-  rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
-  if not advantage.grade_unfinished:
-    cut_off = forest.leaf & ~forest.finished
-    rewards = shape_unfinished(rewards, cut_off, advantage.unfinished_penalty)
-  return rewards, int(failed.sum())
-
-
-def disagree(run: Run, records: list[dict[str, Any]], trajectories: Forest) -> np.ndarray:
-  """[R] bool, prompts whose trajectories differ in reward."""
-  rewards, _ = grade(run, trajectories, records)
-  leaves = np.flatnonzero(trajectories.leaf)
-  least, most = np.full(len(records), np.inf), np.full(len(records), -np.inf)
-  np.minimum.at(least, trajectories.tree[leaves], rewards[leaves])
-  np.maximum.at(most, trajectories.tree[leaves], rewards[leaves])
-  return most > least
-
-
-def grow(
-  run: Run, params: Any, prompts: strategies.Prompts, records: list[dict[str, Any]]
-) -> Forest:
-  """Samples the forest that the config asks for."""
-  config, rollout = run.config, run.config.rollout
-  sampler = run.sampler(temperature=rollout.temperature, truncate=True)
-  if rollout.strategy != "chain":
-    return strategies.grow_tree(
-      sampler, params, prompts, branches=config.branches, budgets=config.budgets
-    )
-  return strategies.grow_chain(
-    sampler,
-    params,
-    prompts,
-    samples=rollout.samples,
-    probes=rollout.probes,
-    max_new_tokens=rollout.max_response_tokens,
-    partition=run.partition(),
-    cuts_per_group=rollout.cuts_per_group,
-    probe=functools.partial(disagree, run, records) if rollout.probe_where == "mixed" else None,
-  )
 
 
 def choose(

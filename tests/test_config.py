@@ -10,7 +10,7 @@ from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, s
 from configs.experiments import EXPERIMENTS
 from spo_jax.config import Config, default_config, parse_variant
 from spo_jax.config_check import check_field, from_config_dict
-from spo_jax.config_rules import check_mesh
+from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.errors import UserError
 
 METHODS = (spo_tree, spo_chain, grpo, rloo, dr_grpo, ppo, vineppo, restem, dpo_positive)
@@ -108,6 +108,11 @@ def test_the_schedule_follows_the_number_of_updates():
     ("rollout.top_p", 1.5, "top_p is 1.5"),
     ("rollout.prefill_chunk", -1, "rollout.prefill_chunk is -1, it must be 0 .* or more tokens"),
     ("rollout.prompts", 0, "config.rollout.prompts is 0, it must be positive"),
+    ("rollout.parts", 0, "config.rollout.parts is 0, it must be positive"),
+    ("rollout.parts", 7, "config.rollout.parts 7 must divide config.rollout.prompts 96"),
+    ("rollout.prompt_buckets", (8, 8), r"prompt_buckets \(8, 8\) must increase, from 1 or more"),
+    ("rollout.prompt_buckets", (0, 8), "prompt_buckets .* from 1 or more"),
+    ("rollout.prompt_buckets", (8, 40), "must increase, .* less than max_prompt_tokens 40"),
     ("rollout.prompts", 9.5, "config.rollout.prompts is 9.5, it must be of type int"),
     ("loss.scaling", "white", "it must be one of: whiten, rescale, none"),
     ("loss.kl_estimator", "full", "kl_estimator"),
@@ -250,6 +255,18 @@ def test_batches_that_the_mesh_cannot_divide_are_named():
   check_mesh(config, 8)
   with pytest.raises(UserError, match="config.rollout.prompts 96 cannot be divided .* are 5"):
     check_mesh(config, 5)
+  config = from_config_dict(changed("rollout.parts", 24), Config)
+  check_mesh(config, 4)
+  with pytest.raises(UserError, match="parts 24: the 4 prompts of each cannot .* are 8: use few"):
+    check_mesh(config, 8)
+
+
+def test_sampling_ahead_is_for_one_device():
+  check_ahead(Config(), 8)
+  config = from_config_dict(changed("rollout.ahead", True), Config)
+  check_ahead(config, 1)
+  with pytest.raises(UserError, match="safe on one device, and the mesh has 8: set it to False"):
+    check_ahead(config, 8)
 
 
 def test_budgets_and_longest_tree():

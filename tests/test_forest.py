@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from spo_jax.forest import Forest, ForestBuilder, concatenate, prune
+from spo_jax.forest import Forest, ForestBuilder, concatenate, interleave, prune
 from tests.training.forests import chain_forest, path_tokens, tree_forest
 
 
@@ -148,3 +148,37 @@ def test_pruning_all_or_nothing(builder):
   pruned, index = prune(forest, ~everything)
   assert equal(pruned, nothing()) and len(index) == 0
   assert equal(prune(nothing(), np.zeros(0, bool))[0], nothing())
+
+
+def parts_of(forest, trees):
+  """The forest's trees in so many forests, each with the indices of its trees."""
+  return [prune(forest, np.isin(forest.tree, part))[0] for part in trees]
+
+
+PARTS = ([0, 3, 4], [1, 5], [2])
+
+
+def test_trees_in_parts_lie_as_they_did():
+  rng = np.random.default_rng(0)
+  prompts = (2, 1, 4, 3, 2, 2)
+  forest = tree_forest(rng, (2, 3, 2), (3, 4, 2), prompts=prompts, ragged=True)
+  joined, order = interleave(parts_of(forest, PARTS), PARTS, by_level=True)
+  assert equal(joined, forest)
+  assert equal(interleave([forest], [range(6)], by_level=True)[0], forest)
+  ends = concatenate(parts_of(forest, PARTS))
+  np.testing.assert_array_equal(ends.lengths[order], forest.lengths)
+  np.testing.assert_array_equal(ends.depth[order], forest.depth)
+
+
+def test_chains_in_parts_lie_as_they_did_but_for_probes():
+  forest = chain_forest(np.random.default_rng(1), prompts=(3, 1, 2, 4, 2, 5), segments=3)
+  joined, _ = interleave(parts_of(forest, PARTS), PARTS, by_level=False)
+  ordered, order = interleave([forest], [range(6)], by_level=False)
+  assert equal(joined, ordered)
+  paths = int((~forest.probe).sum())
+  np.testing.assert_array_equal(order[:paths], np.arange(paths))
+  np.testing.assert_array_equal(np.diff(forest.tree[order[paths:]]) >= 0, True)
+  np.testing.assert_array_equal(np.sort(order), np.arange(len(order)))
+  assert (joined.parent < np.arange(len(order))).all()
+  for new, old in enumerate(order):
+    np.testing.assert_array_equal(joined.response(new), forest.response(old))

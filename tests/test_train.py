@@ -1,30 +1,27 @@
 """The whole loop, small: every method trains, writes what it promises, and resumes exactly."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-import types
 
 import jax
 import numpy as np
 import pytest
 
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
-from spo_jax import train as train_module
+from spo_jax import batches
 from spo_jax.command_line import claim_workdir
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
+from spo_jax.errors import UserError
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.progress import Progress
 from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
-from spo_jax.train import disagree, train
-from spo_jax.training.estimate import estimate
+from spo_jax.train import train
 from spo_jax.training.step import init_state
 from tests import tiny_run
-from tests.training.forests import path_forest, tree_forest
 
 CONTRACT = {
   "iteration",
@@ -126,41 +123,6 @@ SMALL = SIGNAL | {
 }
 
 
-def test_the_mean_reward_is_the_value_of_the_prompts(monkeypatch):
-  rng = np.random.default_rng(3)
-  forest = tree_forest(rng, (3, 2, 2), (2, 2, 2), prompts=(2, 3), ragged=True)
-  rewards = np.where(forest.leaf, rng.random(len(forest.parent)), np.nan).astype(np.float32)
-  monkeypatch.setattr(train_module, "grow", lambda *_: forest)
-  monkeypatch.setattr(train_module, "grade", lambda *_: (rewards, 0))
-  run = types.SimpleNamespace(
-    progress=types.SimpleNamespace(bar=lambda *_, **__: contextlib.nullcontext(lambda _: None)),
-    task=types.SimpleNamespace(prompts=lambda *_: None),
-    key=lambda _: None,
-  )
-  *_, metrics = train_module.sample(run, None, [])
-  values = estimate(forest, rewards, Config().advantage, probed=False).values
-  np.testing.assert_allclose(
-    metrics["train/reward_mean"], values[forest.depth == 0].mean(), rtol=1e-5
-  )
-  assert abs(metrics["train/reward_mean"] - np.nanmean(rewards)) > 1e-3
-
-
-def test_prompts_whose_trajectories_differ_in_reward_are_the_mixed_ones():
-  forest = path_forest(np.random.default_rng(0), [2] * 6, [3] * 6)
-  forest = forest._replace(tree=np.tile(np.repeat([0, 1, 2], 2), 2))
-  rewards = iter([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])
-  task = types.SimpleNamespace(
-    texts=lambda responses: ["" for _ in responses],
-    grade=lambda texts, answers, shaped: (
-      np.array([next(rewards) for _ in texts], np.float32),
-      np.zeros(len(texts), bool),
-    ),
-  )
-  run = types.SimpleNamespace(config=Config(), task=task)
-  records = [{"answer": ""}] * 3
-  assert disagree(run, records, forest).tolist() == [True, False, False]
-
-
 @pytest.mark.parametrize(
   ("module", "overrides"),
   [
@@ -208,20 +170,50 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
   [
     pytest.param(ppo, ADAPTIVE, id="critic-and-kl"),
     pytest.param(spo_tree, REPLAY, id="replay"),
+    pytest.param(spo_tree, REPLAY | {"rollout__ahead": True}, id="replay-ahead"),
   ],
 )
 def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path, data):
   fields = SMALL | data | overrides | {"iterations": 3, "checkpoint__every": 1}
   config = tiny_config(module, **fields)
   run_once(config, tmp_path / "whole")
-  run_once(dataclasses.replace(config, iterations=2), tmp_path / "resumed")
+  run_once(dataclasses.replace(config, iterations=1), tmp_path / "resumed")
   lines = run_once(config, tmp_path / "resumed")
   got, want = (tiny_run.metrics_without_timings(tmp_path / name) for name in ("resumed", "whole"))
   # The shorter run evaluated its last iteration too.
-  assert [got[0], got[1], got[3]] == [want[0], want[1], want[3]]
+  assert [got[0], *got[2:]] == [want[0], *want[2:]]
   assert all(line["train/skipped"] < 1 for line in lines[1:])
   if module is ppo:
     assert lines[3]["train/kl_coef"] != lines[2]["train/kl_coef"] != config.loss.kl_coef
   else:
     assert lines[1]["replay/waiting"] > 0 and lines[3]["replay/expired"] == 0
     assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new
+
+
+def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, data, monkeypatch):
+  fields = SMALL | data | REPLAY | {"rollout__ahead": True, "iterations": 3, "checkpoint__every": 1}
+  # The schedule of a longer run: the programs are those of the tests above.
+  config = dataclasses.replace(tiny_config(spo_tree, **fields), iterations=2)
+  sample, calls = batches.sample, []
+
+  def record(run, params, records):
+    at_first = jax.tree.map(np.array, params)
+    calls.append((run, at_first, records, sample(run, params, records)))
+    return calls[-1][-1]
+
+  with monkeypatch.context() as patch:
+    patch.setattr(batches, "sample", record)
+    lines = run_once(config, tmp_path)
+  run, policies = calls[0][0], [call[1] for call in calls]
+  initial = run.initial_params()
+  is_initial = [all(jax.tree.leaves(jax.tree.map(np.array_equal, p, initial))) for p in policies]
+  assert is_initial == [True, True, False]  # the third waits for a run of more iterations
+  _, _, records, (forest, rewards, _) = calls[1]
+  assert [record["ordinal"] for record in records] == list(range(8, 16))
+  wanted, wanted_rewards, metrics = sample(run, initial, records)
+  jax.tree.map(np.testing.assert_array_equal, (forest, rewards), (wanted, wanted_rewards))
+  assert lines[2]["train/reward_mean"] == metrics["train/reward_mean"]
+  assert lines[2]["tokens/sampled"] > lines[1]["tokens/sampled"] > 0
+  changed = dataclasses.replace(config.rollout, ahead=False)
+  with pytest.raises(UserError, match="another config .rollout.ahead differs."):
+    run_once(dataclasses.replace(config, rollout=changed), tmp_path)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from spo_jax import train
 from spo_jax.analysis.policy import Method
+from spo_jax.batches import sample
 from spo_jax.config import Config
 from spo_jax.data import source
 from spo_jax.errors import UserError
@@ -56,7 +56,7 @@ class Batches:
 
   def __init__(self, run: Run, params: Any, config: Config, split: str, *, prompts: int):
     """Samples `prompts` prompts at a time, whose random numbers depend on config.seed."""
-    rollout = dataclasses.replace(config.rollout, prompts=prompts)
+    rollout = dataclasses.replace(config.rollout, prompts=prompts, parts=1)
     self._run = dataclasses.replace(run, config=dataclasses.replace(config, rollout=rollout))
     self._params, self._prompts = params, prompts
     self._iterator = source.make_iterator(
@@ -87,7 +87,7 @@ class Batches:
       forest, rewards, _ = self._sample()
 
   def _sample(self):
-    return train.sample(self._run, self._params, next(self._iterator))
+    return sample(self._run, self._params, next(self._iterator))
 
 
 def _sampled(forest: Forest) -> int:

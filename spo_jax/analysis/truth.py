@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spo_jax import train
+from spo_jax.batches import sample
 from spo_jax.config import Config, PartitionConfig
 from spo_jax.forest import Forest
 from spo_jax.run import Run
@@ -78,7 +78,7 @@ def sample_trajectories(
   for first in range(0, len(records), prompts):
     chunk = list(records[first : first + prompts])
     filled = [chunk[i % len(chunk)] for i in range(prompts)]  # one shape, compiled once
-    forest, rewards, _ = train.sample(run, params, filled)
+    forest, rewards, _ = sample(run, params, filled)
     found += [t for t in read_trajectories(forest, rewards, first) if t.prompt < len(records)]
     advance(len(chunk))
   return found
@@ -91,6 +91,7 @@ def _every_token(config: Config, *, samples, rollouts, prompts, seed) -> Config:
     samples=samples,
     probes=rollouts,
     prompts=prompts,
+    parts=1,
     cuts_per_group=1,
     slots=samples * prompts,
   )

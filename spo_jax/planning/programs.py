@@ -188,7 +188,7 @@ def sampling_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
   rollout = setup.config.rollout
   sampler = _sampler(setup, truncate=True)
-  yield _prefill(setup, sampler, "sampling", rollout.prompts, rollout.max_prompt_tokens)
+  yield _prefill(setup, sampler, "sampling", setup.config.part_prompts, rollout.max_prompt_tokens)
   for label, level in decoded_levels(setup.config):
     yield _decode(setup, sampler, "sampling", "decode" + label, level)
     if level.keep_cache:
@@ -208,18 +208,18 @@ class Level:
 
 
 def decoded_levels(config: Config) -> list[tuple[str, Level]]:
-  """The calls of `decode` of an iteration in their order, each with a label."""
+  """The calls of `decode` of a part of an iteration in their order, each with a label."""
   rollout, prompt = config.rollout, config.rollout.max_prompt_tokens
   if rollout.strategy == "chain":
     n, longest = rollout.samples, rollout.max_response_tokens
     probes = rollout.cuts_per_group * rollout.probes
-    chain = Level(rollout.prompts, n, prompt, longest, keep_cache=True)
-    trajectories = rollout.prompts * n
+    chain = Level(config.part_prompts, n, prompt, longest, keep_cache=True)
+    trajectories = config.part_prompts * n
     probing = Level(trajectories, probes, prompt + longest, longest, False, any_rows=True)
     return [("", chain), (" probes", probing)]
   depth, levels = len(config.branches), []
   for i, (n, budget) in enumerate(zip(config.branches, config.budgets, strict=True)):
-    rows = rollout.prompts * math.prod(config.branches[:i])
+    rows = config.part_prompts * math.prod(config.branches[:i])
     level = Level(rows, n, prompt + sum(config.budgets[:i]), budget, keep_cache=i < depth - 1)
     levels.append((f" level {i + 1}" if depth > 1 else "", level))
   return levels

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from multiprocessing import connection
 
@@ -103,6 +104,7 @@ class GraderPool:
     self._workers = workers
     self._patience_s = 2 * timeout_s + SPARE_S
     self._keepers: list[Keeper] = []
+    self._grading = threading.Lock()
 
   def check(self) -> None:
     """Starts one process; raises UserError if the grader cannot be loaded there."""
@@ -114,11 +116,15 @@ class GraderPool:
       raise
 
   def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[registry.Outcome]:
-    """Outcomes of R responses, in their order.
+    """Outcomes of R responses, in their order. Threads take turns.
 
     Raises:
       UserError: if the grader cannot be loaded.
     """
+    with self._grading:
+      return self._grade(responses, answers)
+
+  def _grade(self, responses, answers) -> list[registry.Outcome]:
     outcomes = [registry.Outcome(0.0, KEEPER_DIED)] * len(responses)
     waiting = iter(range(len(responses)))
     busy: dict[connection.Connection, tuple[Keeper, int]] = {}

@@ -23,6 +23,10 @@ class Prompts:
   lengths: np.ndarray  # [R] int32
   keys: jax.Array  # [R] typed PRNG keys, one a prompt
 
+  def take(self, rows: np.ndarray, width: int) -> "Prompts":
+    """Those of some rows, padded to a width that holds them."""
+    return Prompts(self.tokens[rows, :width], self.lengths[rows], self.keys[rows])
+
 
 def grow_tree(
   sampler: Sampler, params, prompts: Prompts, *, branches: tuple[int, ...], budgets: tuple[int, ...]

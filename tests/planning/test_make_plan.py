@@ -96,6 +96,8 @@ def test_as_many_groups_are_decoded_as_the_last_level_has_parents():
   assert groups(branches=(2, 3, 4), segment_tokens=(2, 2)) == 8 * 2 * 3
   assert groups(strategy="chain", samples=5) == 8 * 5
   assert groups(strategy="group", samples=5) == 8
+  assert groups(strategy="chain", samples=5, parts=4) == 2 * 5
+  assert groups(branches=(2, 3, 4), segment_tokens=(2, 2), parts=2) == 4 * 2 * 3
 
 
 def find(cost, value=16, **more) -> report.Largest:

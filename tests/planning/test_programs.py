@@ -135,10 +135,17 @@ def sampler_of(setup, truncate):
 @pytest.mark.parametrize("strategy", ["tree", "chain", "group"])
 def test_the_verbs_are_called_as_planned(strategy, calls):
   setup = setup_of(
-    rollout={"strategy": strategy, "temperature": 0.7, "top_k": 5, "prefill_chunk": 4}
+    rollout={
+      "strategy": strategy,
+      "prompts": 16,
+      "parts": 2,
+      "temperature": 0.7,
+      "top_k": 5,
+      "prefill_chunk": 4,
+    }
   )
   rollout, sampler = setup.config.rollout, sampler_of(setup, truncate=True)
-  prompts = tiny_prompts(rollout.prompts)
+  prompts = tiny_prompts(8)
 
   def chain(params):
     strategies.grow_chain(

@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -148,6 +149,16 @@ def test_an_interrupt_in_mid_batch_leaves_no_stale_replies_or_processes(monkeypa
   _assert_ends(child)
   assert made.grade(["good"], ["answer"])[0].reward == 1.0
   made.close()
+
+
+def test_two_threads_have_each_their_own_outcomes():
+  made = pool.GraderPool(HOSTILE, workers=2, timeout_s=60.0, memory_mb=512)
+  with futures.ThreadPoolExecutor(2) as threads:
+    batches = [["good"] * 20, ["wrong"] * 20]
+    both = threads.map(lambda batch: made.grade(batch, ["answer"] * 20), batches)
+    rewards_of = [[outcome.reward for outcome in outcomes] for outcomes in both]
+  made.close()
+  assert rewards_of == [[1.0] * 20, [0.0] * 20]
 
 
 def test_a_grader_that_cannot_be_loaded_is_named():
