@@ -33,6 +33,7 @@ from benchmarks.timing import (
   run,
 )
 from spo_jax.errors import UserError
+from spo_jax.forest import Forest
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models.decoder import DecoderConfig, count_params
 from spo_jax.sampling import strategies
@@ -49,9 +50,7 @@ class Ours:
 
   def __init__(self, cfg: DecoderConfig, params: Any, slots: int, *, shared: bool):
     self._params, self._shared = params, shared
-    self._sampler = Sampler(
-      cfg, make_mesh(-1, 1, 1), NEVER, SamplingConfig(), slots, refill_share=1.0, suffix_chunks=4
-    )
+    self._sampler = unending(cfg, make_mesh(-1, 1, 1), slots)
 
   def sample(self, prompts: np.ndarray, n: int, new_tokens: int, seed: int) -> np.ndarray:
     """[R, n, S] tokens after prompts [R, P]."""
@@ -78,15 +77,27 @@ class Ours:
     return total
 
   def _grow(self, prompts, branches, new_tokens, seed):
-    lengths = np.full(len(prompts), prompts.shape[1], np.int32)
-    keys = jax.random.split(jax.random.key(seed), len(prompts))
-    return strategies.grow_tree(
-      self._sampler,
-      self._params,
-      strategies.Prompts(prompts.astype(np.int32), lengths, keys),
-      branches=branches,
-      budgets=(new_tokens,) * len(branches),
-    )
+    return grow(self._sampler, self._params, prompts, branches, new_tokens, seed)
+
+
+def unending(cfg: DecoderConfig, mesh: jax.sharding.Mesh, slots: int) -> Sampler:
+  """A sampler of whose continuations none ends early."""
+  return Sampler(cfg, mesh, NEVER, SamplingConfig(), slots, refill_share=1.0, suffix_chunks=4)
+
+
+def grow(
+  sampler, params, prompts: np.ndarray, branches: tuple[int, ...], new_tokens: int, seed: int
+) -> Forest:
+  """A tree for each of the prompts [R, P], segments of S tokens."""
+  lengths = np.full(len(prompts), prompts.shape[1], np.int32)
+  keys = jax.random.split(jax.random.key(seed), len(prompts))
+  return strategies.grow_tree(
+    sampler,
+    params,
+    strategies.Prompts(prompts.astype(np.int32), lengths, keys),
+    branches=branches,
+    budgets=(new_tokens,) * len(branches),
+  )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from spo_jax.command_line import USER_ERROR_STATUS
 from spo_jax.errors import UserError
 
-MATMUL_SIZE = 1024
-COPY_FLOATS = 1 << 25
+# Width of a square matrix and length of a copy: on an accelerator so large that the call is little.
+CPU_SIZES = (1 << 10, 1 << 25)
+ACCELERATOR_SIZES = (1 << 13, 1 << 28)
 RATE_REPEATS = 7
 
 
@@ -63,11 +64,12 @@ def machine() -> str:
   )
 
 
-def machine_rates() -> dict[str, float]:
-  """The machine's best: float32 matmuls in GFLOP/s, copies in GB/s, read and written."""
-  square, line = jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), jnp.ones(COPY_FLOATS)
+def machine_rates(dtype: str = "float32") -> dict[str, float]:
+  """A device's best: matmuls of a dtype in GFLOP/s, copies in GB/s, read and written."""
+  size, floats = CPU_SIZES if jax.default_backend() == "cpu" else ACCELERATOR_SIZES
+  square, line = jnp.ones((size, size), dtype), jnp.ones(floats)
   matmul, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-  amounts = {"matmul_gflops": 2 * MATMUL_SIZE**3, "copy_gb_s": 2 * line.nbytes}
+  amounts = {"matmul_gflops": 2 * size**3, "copy_gb_s": 2 * line.nbytes}
   calls = {
     "matmul_gflops": lambda _: jax.block_until_ready(matmul(square)),
     "copy_gb_s": lambda _: jax.block_until_ready(copy(line)),

@@ -62,10 +62,17 @@ def spaced(heights: Sequence[float], least: float) -> list[float]:
   return placed
 
 
-def draw(result: Mapping[str, Any], path: pathlib.Path) -> str:
-  """Draws the curves of an arm, of a task; returns what was done, in words."""
+def no_matplotlib(path: pathlib.Path) -> str | None:
+  """What to say instead of drawing, where matplotlib is not installed."""
   if importlib.util.find_spec("matplotlib") is None:
     return f"no {path.name}: matplotlib is not installed (pip install -e '.[benchmarks]')"
+  return None
+
+
+def draw(result: Mapping[str, Any], path: pathlib.Path) -> str:
+  """Draws the curves of an arm, of a task; returns what was done, in words."""
+  if word := no_matplotlib(path):
+    return word
   from matplotlib.figure import Figure
 
   methods = result["methods"]

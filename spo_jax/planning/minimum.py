@@ -10,16 +10,28 @@ of the loops of "flash" one turn is counted.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from spo_jax.infra.mesh import row_shards
+from spo_jax.models.decoder import DecoderConfig
 from spo_jax.planning.measure import Measured
 from spo_jax.planning.programs import Setup, abstract_params, decoded_at_once, decoded_levels
 
 TRAIN_FLOPS = 6  # a weight and token: a product forwards and two backwards, of 2 FLOPs each
 REMAT_FLOPS = 8  # the same with the forward product once more
+FORWARD_FLOPS = 2  # a weight and token
+ATTENTION_FLOPS = 4  # a key and a number of a query: a product with the key, one with the value
+LOGIT_BYTES = 4  # float32 whatever the activations are
+
+
+class Work(NamedTuple):
+  """What a part of a step must do."""
+
+  flops: float
+  accessed: float  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +82,61 @@ def decode_minimum(setup: Setup) -> float:
   model, config = setup.model, setup.config
   _, level = decoded_levels(config)[-1]
   groups = decoded_at_once(config, level) / row_shards(setup.mesh)
-  of_token = 2 * model.kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-  tokens = 0.0
+  parts = step_work(model, abstract_params(setup), groups, level.n, level.prefix, level.budget)
+  rows = groups * level.n
+  logits = 2 * rows * model.vocab_size * LOGIT_BYTES
+  return sum(work.accessed for work in parts.values()) - logits
+
+
+def step_work(
+  model: DecoderConfig, params, groups: float, n: int, prefix: int, suffix: int
+) -> dict[str, Work]:
+  """The least that a chip must do for a decode step, by part.
+
+  Weights are read once, keys and values of a prefix once a group, logits written and read once.
+  Norms, activations, what lies between the layers and what chips send one another are left out.
+
+  Args:
+    model: the decoder.
+    params: its parameters, or shapes of them, with shardings.
+    groups: that a chip decodes.
+    n: continuations of a group.
+    prefix: tokens of it that a continuation sees.
+    suffix: tokens of its own that it sees, with the one that the step feeds.
+
+  Returns:
+    By part: `blocks`, their matrices; attention to `prefix` and to `suffix`; `cache write`, of keys
+    and values; `unembedding`; `draw`.
+  """
+  number = jnp.dtype(model.dtype).itemsize
+  rows = groups * n
+  unembedding = "embedding" if model.tie_embeddings else "unembedding"
+  of_blocks = _matrix_sizes({k: v for k, v in params.items() if k.startswith("block_")})
+  of_logits = _matrix_sizes(params[unembedding])
+  logits = rows * model.vocab_size * LOGIT_BYTES
+  seen_prefix = seen_suffix = 0
   for layer in range(model.layers):
     window = model.layer_kind(layer).window or math.inf
-    suffix = min(level.budget, window)
-    tokens += groups * (min(level.prefix, window - suffix) + level.n * suffix)
-  return _weight_bytes(setup) + tokens * of_token
+    in_suffix = min(suffix, window)
+    seen_suffix += in_suffix
+    seen_prefix += min(prefix, window - in_suffix)
+  of_token = 2 * model.kv_heads * model.head_dim * number
+  of_query = ATTENTION_FLOPS * model.heads * model.head_dim
+  # The newest token of a suffix is written, and not read again.
+  return {
+    "blocks": Work(FORWARD_FLOPS * rows * of_blocks, of_blocks * number),
+    "prefix": Work(rows * seen_prefix * of_query, groups * seen_prefix * of_token),
+    "suffix": Work(rows * seen_suffix * of_query, rows * (seen_suffix - model.layers) * of_token),
+    "cache write": Work(0, rows * model.layers * of_token),
+    "unembedding": Work(FORWARD_FLOPS * rows * of_logits, of_logits * number + logits),
+    "draw": Work(0, logits),
+  }
 
 
-def _weight_bytes(setup: Setup) -> float:
-  """Of the matrices of a chip, as they are multiplied; of an embedding rows are read, not all."""
-  params = abstract_params(setup)
-  if not setup.model.tie_embeddings:
-    params = {name: leaf for name, leaf in params.items() if name != "embedding"}
-  sizes = [
-    math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params) if x.ndim > 1
-  ]
-  return sum(sizes) * jnp.dtype(setup.model.dtype).itemsize
+def _matrix_sizes(params) -> int:
+  """Numbers in the matrices of a chip; an embedding that is looked up is none of them."""
+  matrices = [x for x in jax.tree.leaves(params) if x.ndim > 1]
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in matrices)
 
 
 def train_minimum(setup: Setup) -> float:

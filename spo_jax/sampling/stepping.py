@@ -106,20 +106,7 @@ def decode_step(
   """
   S = decode_cfg.max_new_tokens
   E, n = state.fed.shape
-  slot = time % S
-  sizes = [values.shape[2] for _, values in (*full[0], last[0])]
-  begins = [0, *itertools.accumulate(sizes[:-1])]
-  writes_E = state.steps < S if ring else None  # a group that is done keeps its suffix
-  context = DecodeContext(
-    visible=state.starts - 1,
-    prefix_positions=prefix.positions,
-    ages=tuple(
-      (slot - begin - jnp.arange(size)) % S for begin, size in zip(begins, sizes, strict=True)
-    ),
-    steps=state.steps,
-    slot=slot - begins[-1],
-    writes=writes_E,
-  )
+  context = decode_context(decode_cfg, prefix, state, full, last, time, ring=ring)
   caches = tuple(map(LayerCache, prefix.cache, full, last))
   positions_Exn = state.starts - 1 + state.steps[:, None]
   hidden, last = forward(
@@ -133,15 +120,16 @@ def decode_step(
     longest=prefix.positions.shape[1] + S,
   )
   logits = token_logits(cfg, params, hidden[:, 0])
-  keys = jax.vmap(jax.random.fold_in)(state.keys.reshape(-1), jnp.repeat(state.steps, n))
-  tokens, logprobs = sample_token(keys, logits, decode_cfg.sampling)
+  tokens, logprobs = sample_token(step_keys(state), logits, decode_cfg.sampling)
   tokens_Exn, logprobs_Exn = tokens.reshape(E, n), logprobs.reshape(E, n)
+
+  slot = time % S
 
   def put(store_ExnxS, new_Exn):
     new_Exnx1 = new_Exn[..., None]
-    if writes_E is not None:
+    if context.writes is not None:
       old = jax.lax.dynamic_slice_in_dim(store_ExnxS, slot, 1, axis=2)
-      new_Exnx1 = jnp.where(writes_E[:, None, None], new_Exnx1, old)
+      new_Exnx1 = jnp.where(context.writes[:, None, None], new_Exnx1, old)
     return jax.lax.dynamic_update_slice_in_dim(store_ExnxS, new_Exnx1, slot, axis=2)
 
   running_Exn = state.running()
@@ -155,6 +143,39 @@ def decode_step(
     logprobs=put(state.logprobs, logprobs_Exn),
   )
   return state, last
+
+
+def step_keys(state: State) -> jax.Array:
+  """[E * n] keys of the draws of a step."""
+  n = state.fed.shape[1]
+  return jax.vmap(jax.random.fold_in)(state.keys.reshape(-1), jnp.repeat(state.steps, n))
+
+
+def decode_context(
+  decode_cfg: DecodeConfig,
+  prefix: Prefix,
+  state: State,
+  full: tuple,
+  last: tuple,
+  time: jax.Array,
+  *,
+  ring: bool,
+) -> DecodeContext:
+  """What attention needs at a step; the arguments are those of `decode_step`."""
+  S = decode_cfg.max_new_tokens
+  slot = time % S
+  sizes = [values.shape[2] for _, values in (*full[0], last[0])]
+  begins = [0, *itertools.accumulate(sizes[:-1])]
+  return DecodeContext(
+    visible=state.starts - 1,
+    prefix_positions=prefix.positions,
+    ages=tuple(
+      (slot - begin - jnp.arange(size)) % S for begin, size in zip(begins, sizes, strict=True)
+    ),
+    steps=state.steps,
+    slot=slot - begins[-1],
+    writes=state.steps < S if ring else None,  # a group that is done keeps its suffix
+  )
 
 
 def empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int) -> Segments:

@@ -64,7 +64,7 @@ def attend_decode(
   R, n = context.visible.shape
   K = k.shape[2]
   G = H // K
-  last = _write(cache.last, k.reshape(B, K, Dh, 1), v.reshape(B, K, 1, Dh), context)
+  last = write_chunk(cache.last, k.reshape(B, K, Dh, 1), v.reshape(B, K, 1, Dh), context)
   prefix_k, prefix_v = cache.prefix
 
   position_Rx1xP = context.prefix_positions[:, None]
@@ -102,8 +102,8 @@ def attend_decode(
   return (mixed / total).astype(v.dtype).reshape(q.shape), last
 
 
-def _write(chunk, k, v, context: DecodeContext):
-  """The chunk with a column of keys and a row of values."""
+def write_chunk(chunk, k, v, context: DecodeContext):
+  """The chunk with a column of keys [B, K, Dh, 1] and a row of values [B, K, 1, Dh]."""
 
   def put(store, new, axis):
     new = new.astype(store.dtype)
