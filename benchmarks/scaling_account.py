@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks.peers import Model
 from benchmarks.sampling import unending
 from benchmarks.scaling_points import Point, random_prompts, roofline, spread
-from benchmarks.timing import in_turn
+from benchmarks.timing import in_turn, overwriting
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.models.attention import LayerCache, attend_decode, write_chunk
 from spo_jax.models.decoder import DecoderConfig, cast_weights, forward, token_logits
@@ -180,21 +180,5 @@ def waiting(function: Callable[..., Any], *args) -> Callable[[int], Any]:
 
   def call(_) -> None:
     jax.block_until_ready(function(*args))
-
-  return call
-
-
-def overwriting(function: Callable[..., Any], changed, *args) -> Callable[[int], Any]:
-  """A call that is timed, of a function that returns (its first argument changed, more).
-
-  What it changes it writes over, as a loop does, so that a copy of it is made here.
-  """
-  jitted = jax.jit(function, donate_argnums=0)
-  kept = [jax.device_put(jax.tree.map(jnp.copy, changed), jax.devices()[0])]
-
-  def call(_) -> None:
-    new, more = jitted(kept.pop(), *args)
-    jax.block_until_ready(more)
-    kept.append(jax.block_until_ready(new))
 
   return call
