@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import time
+import types
 
 import pytest
 
@@ -163,3 +165,14 @@ def test_what_a_point_must_hold(model):
   parameters = 2 * 32 * 48 + 3 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96 + 4 * 16
   cache = 2 * 16 * (2 * 6 + 6 * 4)
   assert scaling_points.held_bytes(model, point) == 4 * (parameters + cache + 6 * 48)
+
+
+def test_the_clock_adds_the_calls_of_a_verb():
+  slow = types.SimpleNamespace(extend=lambda seconds: time.sleep(seconds))
+  sampler = scaling_points.Clocked(slow)
+  sampler.restart()
+  for _ in range(2):
+    sampler.extend(0.02)
+  assert sampler.seconds["extend"] >= 0.04 and sampler.seconds["decode"] == 0
+  sampler.restart()
+  assert sampler.seconds["extend"] == 0
