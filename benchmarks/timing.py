@@ -3,7 +3,6 @@
 import argparse
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,9 @@ import jax.numpy as jnp
 from spo_jax.command_line import USER_ERROR_STATUS
 from spo_jax.errors import UserError
 
-# Of the square and of the copy: on an accelerator what takes longer than it takes to ask for it.
-MATMUL_SIZE = {"cpu": 1024}
-MATMUL_SIZE_ELSEWHERE = 8192
-COPY_FLOATS = {"cpu": 1 << 25}
-COPY_FLOATS_ELSEWHERE = 1 << 28
+# Width of a square matrix and length of a copy: on an accelerator so large that the call is little.
+CPU_SIZES = (1 << 10, 1 << 25)
+ACCELERATOR_SIZES = (1 << 13, 1 << 28)
 RATE_REPEATS = 7
 
 
@@ -67,21 +64,38 @@ def machine() -> str:
 
 
 def machine_rates(dtype: str = "float32") -> dict[str, float]:
-  """A device's best: matmuls of a dtype in GFLOP/s, copies in GB/s, read and written."""
-  platform_ = jax.default_backend()
-  size = MATMUL_SIZE.get(platform_, MATMUL_SIZE_ELSEWHERE)
-  square = jnp.ones((size, size), dtype)
-  line = jnp.ones(COPY_FLOATS.get(platform_, COPY_FLOATS_ELSEWHERE))
-  matmul, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+  """A device's best: matmuls of a dtype in GFLOP/s, copies in GB/s, read and written.
+
+  A copy lies where its original did: new memory takes an operating system ten times as long.
+  """
+  size, floats = CPU_SIZES if jax.default_backend() == "cpu" else ACCELERATOR_SIZES
+  square, line = jnp.ones((size, size), dtype), jnp.ones(floats)
+  matmul = jax.jit(lambda x: x @ x)
   amounts = {"matmul_gflops": 2 * size**3, "copy_gb_s": 2 * line.nbytes}
   calls = {
     "matmul_gflops": lambda _: jax.block_until_ready(matmul(square)),
-    "copy_gb_s": lambda _: jax.block_until_ready(copy(line)),
+    "copy_gb_s": overwriting(lambda x: (x + 1, ()), line),
   }
   return {
-    name: amounts[name] / statistics.median(timed.seconds) / 1e9
+    name: amounts[name] / min(timed.seconds) / 1e9
     for name, timed in in_turn(calls, RATE_REPEATS).items()
   }
+
+
+def overwriting(function: Callable[..., Any], changed, *args) -> Callable[[int], Any]:
+  """A call that is timed, of a function that returns (its first argument changed, more).
+
+  What it changes it writes over, as a loop does, so that a copy of it is made here.
+  """
+  jitted = jax.jit(function, donate_argnums=0)
+  kept = [jax.device_put(jax.tree.map(jnp.copy, changed), jax.devices()[0])]
+
+  def call(_) -> None:
+    new, more = jitted(kept.pop(), *args)
+    jax.block_until_ready(more)
+    kept.append(jax.block_until_ready(new))
+
+  return call
 
 
 def run(name: str, measure: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -17,8 +17,8 @@ MIB = 2**20
 _ADVICE = {
   "update": "fewer config.packing.rows (at least {shards}, one a chip), a smaller "
   "config.packing.row_length or logprob_chunk, config.compute.remat=blocks",
-  "sampling": "fewer config.rollout.slots, more config.rollout.parts, fewer config.rollout.prompts, "
-  "where it is prefill a (smaller) config.rollout.prefill_chunk",
+  "sampling": "fewer config.rollout.slots, more config.rollout.parts, fewer "
+  "config.rollout.prompts, where it is prefill a (smaller) config.rollout.prefill_chunk",
   "evaluation": "a smaller config.eval.batch, fewer config.rollout.slots, a (smaller) "
   "config.rollout.prefill_chunk",
 }

@@ -120,8 +120,7 @@ def decode_step(
     longest=prefix.positions.shape[1] + S,
   )
   logits = token_logits(cfg, params, hidden[:, 0])
-  keys = jax.vmap(jax.random.fold_in)(state.keys.reshape(-1), jnp.repeat(state.steps, n))
-  tokens, logprobs = sample_token(keys, logits, decode_cfg.sampling)
+  tokens, logprobs = sample_token(step_keys(state), logits, decode_cfg.sampling)
   tokens_Exn, logprobs_Exn = tokens.reshape(E, n), logprobs.reshape(E, n)
 
   slot = time % S
@@ -144,6 +143,12 @@ def decode_step(
     logprobs=put(state.logprobs, logprobs_Exn),
   )
   return state, last
+
+
+def step_keys(state: State) -> jax.Array:
+  """[E * n] keys of the draws of a step."""
+  n = state.fed.shape[1]
+  return jax.vmap(jax.random.fold_in)(state.keys.reshape(-1), jnp.repeat(state.steps, n))
 
 
 def decode_context(
