@@ -66,6 +66,7 @@ class DecoderConfig:
   query_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
   attention_cap: float | None = None  # soft cap of those scaled products
   attention: str = "blocks"  # who computes attention, of attention.BACKENDS
+  scan_layers: bool = False  # layers are a loop where they have no cache: it compiles faster
   logit_cap: float | None = None  # soft cap of the logits
   # Weights are gathered where they are used, as `infra.mesh.gather_weight` tells; None: they stay.
   gather: Mesh | None = None
@@ -227,13 +228,15 @@ class Decoder(nn.Module):
       rope: take_tables(rotary_tables(rope, longest, c.head_dim), positions_BxT) for rope in ropes
     }
     few = read_BxR is not None and read_BxR.shape[1] < tokens_BxT.shape[1]
-    block = nn.remat(Block) if c.remat else Block
     new_caches = []
-    for layer in range(c.layers):
+    if c.scan_layers and caches is None and not self.is_initializing():
+      x_BxTxD, new_caches = self._scan(x_BxTxD, positions_BxT, tables, context, c.layers - few)
+    block = nn.remat(Block) if c.remat else Block
+    for layer in range(len(new_caches), c.layers):
       cache = None if caches is None else caches[layer]
       kind = c.layer_kind(layer)
       read = read_BxR if few and layer == c.layers - 1 else None
-      x_BxTxD, cache = block(c, self.attend, kind, name=f"block_{layer}")(
+      x_BxTxD, cache = block(c, self.attend, kind, name=block_name(layer))(
         x_BxTxD, positions_BxT, tables[kind.rope], context, cache, read
       )
       new_caches.append(cache)
@@ -241,6 +244,50 @@ class Decoder(nn.Module):
     if read_BxR is not None and not few:
       x_BxTxD = pick(x_BxTxD, read_BxR)
     return x_BxTxD, tuple(new_caches)
+
+  def _scan(self, x_BxTxD, positions_BxT, tables, context, most: int):
+    """Runs the first layers, at most so many, as one loop over their stacked weights.
+
+    A turn is a layer of each kind: a compiler then sees as many layers as there are kinds.
+
+    Returns:
+      (states, list of the caches of the layers that have run).
+    """
+    c = self.cfg
+    kinds = c.layer_kinds
+    turns = most // len(kinds)
+    if turns < 2:
+      return x_BxTxD, []
+    weights = cast_weights(c, self.variables["params"])
+    stack = lambda *leaves: jnp.stack(leaves)
+    stacked = [
+      jax.tree.map(stack, *(weights[block_name(turn * len(kinds) + i)] for turn in range(turns)))
+      for i in range(len(kinds))
+    ]
+
+    def run(kind, weights, x_BxTxD):
+      block = Block(c, self.attend, kind, parent=None)
+      inputs = (x_BxTxD, positions_BxT, tables[kind.rope], context, None)
+      return block.apply({"params": weights}, *inputs)
+
+    if c.remat:
+      run = jax.checkpoint(run, static_argnums=0, prevent_cse=False)
+
+    def turn(x_BxTxD, weights):
+      caches = []
+      for kind, of_kind in zip(kinds, weights, strict=True):
+        x_BxTxD, cache = run(kind, of_kind, x_BxTxD)
+        caches.append(cache)
+      return x_BxTxD, caches
+
+    x_BxTxD, caches = jax.lax.scan(turn, x_BxTxD, stacked)
+    of_turn = lambda i: [jax.tree.map(lambda x: x[i], cache) for cache in caches]
+    return x_BxTxD, [cache for i in range(turns) for cache in of_turn(i)]
+
+
+def block_name(layer: int) -> str:
+  """Name of a layer's parameters."""
+  return f"block_{layer}"
 
 
 def forward(

@@ -8,7 +8,14 @@ from flax import linen as nn
 
 from spo_jax.infra.mesh import PARAM_RULES
 from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill
-from spo_jax.models.decoder import cast_weights, count_params, forward, init_params, unembedding
+from spo_jax.models.decoder import (
+  LayerKind,
+  cast_weights,
+  count_params,
+  forward,
+  init_params,
+  unembedding,
+)
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.training.key_blocks import visible_blocks
 from tests.models.test_attention import ancestors, random_row
@@ -66,6 +73,43 @@ def test_remat_changes_no_gradient(tokens):
   remat, recomputes = gradient(dataclasses.replace(cfg, remat=True))
   assert recomputes
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), plain, remat)
+
+
+KINDS = (LayerKind(Rope(1e4, "exact")), LayerKind(Rope(1e3, "exact"), window=3))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS])
+def test_scanned_layers_are_the_layers(tokens, kinds, remat):
+  """States, gradients and caches; the last layer, whose states are read in part, is no turn."""
+  cfg = tiny_config(layers=6, layer_kinds=kinds, remat=remat)
+  params = tiny_params(cfg)
+  positions, read = np.arange(T)[None], np.array([[3, 9]])
+
+  def results(cfg):
+    def loss(params):
+      states, caches = forward(
+        cfg, attend_prefill, params, tokens, positions, read_BxR=read, longest=T
+      )
+      return jnp.sum(jnp.sin(states)), (states, caches)
+
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+    text = str(traced.jaxpr)
+    assert ("remat" in text) == remat
+    return traced.lower().compile()(params), text.count("dot_general")
+
+  (plain, in_plain), (scanned, in_scanned) = map(
+    results, (cfg, dataclasses.replace(cfg, scan_layers=True))
+  )
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), plain, scanned)
+  written_out = 2 if len(kinds) == 2 else 1  # layers that make no whole turn, and the last
+  assert in_scanned / in_plain <= (len(kinds) + written_out) / cfg.layers
+
+
+def test_scanned_layers_have_the_parameters_of_the_layers():
+  cfg = tiny_config(layers=3)
+  shapes = lambda cfg: jax.tree.map(jnp.shape, tiny_params(cfg))
+  assert shapes(cfg) == shapes(dataclasses.replace(cfg, scan_layers=True))
 
 
 def test_tied_unembedding_is_the_transposed_embedding():
