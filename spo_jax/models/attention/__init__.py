@@ -4,7 +4,7 @@ All softmaxes are in float32, so that the sampler's log-probs are the trainer's.
 called as `attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
 `spec.backend` names who computes the first two: "blocks", fast for short rows; "flash", in memory
 linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash" for forests;
-"pallas", what "flash" does by kernels for TPUs.
+"pallas", what "flash" does by kernels for TPUs, and decode by one too.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,11 @@ import jax
 
 from spo_jax.models.attention import blocks, cudnn, flash, pallas
 from spo_jax.models.attention.decode import DecodeContext, LayerCache, attend_decode
-from spo_jax.models.attention.spec import AttentionSpec
+from spo_jax.models.attention.spec import NOWHERE, AttentionSpec
 
 __all__ = [
   "BACKENDS",
+  "NOWHERE",
   "AttentionSpec",
   "DecodeContext",
   "LayerCache",

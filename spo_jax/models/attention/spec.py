@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.numerics import soft_cap
 
+NOWHERE = np.iinfo(np.int32).max  # position of an empty slot: behind all others
 NEG_INF = -1e30  # finite: a fully masked row gives a uniform softmax, not NaN
 
 
