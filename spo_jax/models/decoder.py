@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spo_jax.infra.mesh import gather_weight
+from spo_jax.infra.mesh import (
+  gather_rows,
+  gather_weight,
+  split_channels,
+  split_rows,
+  spread_shardings,
+)
 from spo_jax.models.attention import AttentionSpec
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.numerics import soft_cap
@@ -71,12 +77,17 @@ class DecoderConfig:
   # Weights are gathered where they are used, as `infra.mesh.gather_weight` tells; None: they stay.
   gather: Mesh | None = None
   mesh: Mesh | None = None  # that attention is split over, for `AttentionSpec`
+  spread: Mesh | None = None  # weights are those of `decode_weights`, and rows go to them
 
   def on(self, mesh: Mesh) -> "DecoderConfig":
     """This decoder for training and prefill on a mesh: where fsdp splits weights, they are
     gathered."""
     gather = mesh if mesh.shape["fsdp"] > 1 else None
     return dataclasses.replace(self, gather=gather, mesh=mesh)
+
+  def for_decode(self) -> "DecoderConfig":
+    """This decoder for steps of few tokens, which are cheaper to send than weights: those stay."""
+    return dataclasses.replace(self, gather=None, spread=self.gather)
 
   def layer_kind(self, layer: int) -> LayerKind:
     """The kind of a layer."""
@@ -177,12 +188,12 @@ class Block(nn.Module):
       out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
     x_BxTxD = x_BxTxD + out_BxTxD
 
-    h_BxTxD = RMSNorm(c, name="mlp_norm")(x_BxTxD)
+    h_BxTxD = gather_rows(c.spread, RMSNorm(c, name="mlp_norm")(x_BxTxD))
     gate = self._weight("gate", (c.width, c.ffn), ("width", "ffn"))
     up = self._weight("up", (c.width, c.ffn), ("width", "ffn"))
     down = self._weight("down", (c.ffn, c.width), ("ffn", "width"))
     f_BxTxF = ACTIVATIONS[c.activation](h_BxTxD @ gate) * (h_BxTxD @ up)
-    out_BxTxD = f_BxTxF @ down
+    out_BxTxD = split_rows(c.spread, f_BxTxF @ down)
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="mlp_post_norm")(out_BxTxD)
     return x_BxTxD + out_BxTxD, cache
@@ -318,6 +329,22 @@ def cast_weights(cfg: DecoderConfig, params):
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def decode_weights(cfg: DecoderConfig, params):
+  """Parameters for `cfg.for_decode()`: cast once, and where `fsdp` splits them, moved once so that a
+  step sends rows and no summands; see `infra.mesh.spread_shardings`."""
+  params = cast_weights(cfg, params)
+  if cfg.spread is None:
+    return params
+  shardings = decode_shardings(cfg)
+  decoder = {name: params[name] for name in shardings}
+  return params | jax.lax.with_sharding_constraint(decoder, shardings)
+
+
+def decode_shardings(cfg: DecoderConfig):
+  """Shardings of `decode_weights`, for a decoder that has them spread."""
+  return spread_shardings(cfg.spread, jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+
+
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:
   """The [D, V] matrix that turns hidden states into logits, in the dtype of the activations."""
   matrix_DxV = params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
@@ -326,7 +353,9 @@ def unembedding(cfg: DecoderConfig, params) -> jax.Array:
 
 def token_logits(cfg: DecoderConfig, params, hidden: jax.Array) -> jax.Array:
   """Logits [..., V] float32 of what follows, from hidden states [..., D]."""
+  hidden = gather_rows(cfg.spread, hidden)
   logits = jnp.dot(hidden, unembedding(cfg, params), preferred_element_type=jnp.float32)
+  logits = split_rows(cfg.spread, split_channels(cfg.spread, logits))
   return soft_cap(logits, cfg.logit_cap)
 
 
