@@ -82,7 +82,9 @@ class Ours:
 
 def unending(cfg: DecoderConfig, mesh: jax.sharding.Mesh, slots: int) -> Sampler:
   """A sampler of whose continuations none ends early."""
-  return Sampler(cfg, mesh, NEVER, SamplingConfig(), slots, refill_share=1.0, suffix_chunks=4)
+  return Sampler(
+    cfg, mesh, NEVER, SamplingConfig(), slots, refill_share=1.0, suffix_chunks=4, prefill_chunk=0
+  )
 
 
 def grow(

@@ -60,6 +60,9 @@ class ComputeConfig:
   dtype: str = "float32"  # of activations, matmuls and caches; parameters are float32
   remat: str = "none"  # or "blocks", "dots": what is recomputed in the backward pass; saves memory
   attention: str = "blocks"  # or "flash", "cudnn", "pallas"; see models/attention/__init__.py
+  # Update and prefill run the layers as a loop over their stacked weights: they compile in a time
+  # that does not grow with the layers, and hold a copy of the weights in dtype.
+  scan_layers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

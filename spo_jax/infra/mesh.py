@@ -13,6 +13,8 @@ from spo_jax.errors import UserError
 
 ROWS = ("data", "fsdp")  # mesh axes that the rows of batches, prefixes and caches are split over
 
+SPREAD = ("fsdp", "tensor")  # mesh axes that the weights of decode are split over
+
 # Logical axis of a parameter -> mesh axis. An axis that its mesh axis does not divide stays whole.
 PARAM_RULES = {
   "vocab": "tensor",
@@ -153,6 +155,52 @@ def gather_weight(mesh: Mesh | None, weight: jax.Array, names: tuple[str | None,
     return weight
   kept = [None if axis in ROWS else axis for axis in _axes(mesh, weight.shape, names)]
   return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*kept)))
+
+
+def spread_shardings(mesh: Mesh, boxed_params):
+  """NamedShardings of parameters that multiply few rows again and again, as in decode.
+
+  Matrices with an axis of "ffn" or "vocab" are split along it over all devices that hold a part,
+  and along no other: a device then gives or takes its own channels for all rows, and what is sent
+  are rows of the model's width. Split along the width each would have a summand of all channels.
+  The others stay as `param_shardings` has them.
+
+  Args:
+    mesh: the mesh.
+    boxed_params: as in `param_shardings`.
+
+  Returns:
+    A pytree like the unboxed parameters.
+  """
+  whole = param_shardings(mesh, boxed_params)
+  parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+  def one(box, sharding):
+    spec = [
+      SPREAD if name in ("ffn", "vocab") and size % parts == 0 else None
+      for name, size in zip(box.names, box.value.shape, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*spec)) if any(spec) else sharding
+
+  return jax.tree.map(one, boxed_params, whole, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def gather_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+  """Rows as they meet weights of `spread_shardings`: on each device that holds a part of those."""
+  return x if mesh is None else _pin_leading_axis(x, mesh, "data")
+
+
+def split_channels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+  """What such a weight gives for these rows, where it is made: split along the last axis."""
+  if mesh is None or x.shape[-1] % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
+    return x
+  spec = PartitionSpec("data", *[None] * (x.ndim - 2), SPREAD)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def split_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+  """Rows as they are otherwise: each on one device alone, but for the tensor axis."""
+  return x if mesh is None else _pin_leading_axis(x, mesh, ROWS)
 
 
 def _axes(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> list[str | None]:

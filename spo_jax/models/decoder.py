@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from spo_jax.infra.mesh import gather_weight
+from spo_jax.infra.mesh import (
+  gather_rows,
+  gather_weight,
+  split_channels,
+  split_rows,
+  spread_shardings,
+)
 from spo_jax.models.attention import ATTENTION, AttentionSpec
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.numerics import soft_cap
@@ -79,16 +85,22 @@ class DecoderConfig:
   query_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
   attention_cap: float | None = None  # soft cap of those scaled products
   attention: str = "blocks"  # who computes attention, of attention.BACKENDS
+  scan_layers: bool = False  # layers are a loop where they have no cache: it compiles faster
   logit_cap: float | None = None  # soft cap of the logits
   # Weights are gathered where they are used, as `infra.mesh.gather_weight` tells; None: they stay.
   gather: Mesh | None = None
   mesh: Mesh | None = None  # that attention is split over, for `AttentionSpec`
+  spread: Mesh | None = None  # weights are those of `decode_weights`, and rows go to them
 
   def on(self, mesh: Mesh) -> "DecoderConfig":
     """This decoder for training and prefill on a mesh: where fsdp splits weights, they are
     gathered."""
     gather = mesh if mesh.shape["fsdp"] > 1 else None
     return dataclasses.replace(self, gather=gather, mesh=mesh)
+
+  def for_decode(self) -> "DecoderConfig":
+    """This decoder for steps of few tokens, which are cheaper to send than weights: those stay."""
+    return dataclasses.replace(self, gather=None, spread=self.gather)
 
   def layer_kind(self, layer: int) -> LayerKind:
     """The kind of a layer."""
@@ -189,12 +201,12 @@ class Block(nn.Module):
       out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
     x_BxTxD = x_BxTxD + out_BxTxD
 
-    h_BxTxD = RMSNorm(c, name="mlp_norm")(x_BxTxD)
+    h_BxTxD = gather_rows(c.spread, RMSNorm(c, name="mlp_norm")(x_BxTxD))
     gate = self._weight("gate", (c.width, c.ffn), ("width", "ffn"))
     up = self._weight("up", (c.width, c.ffn), ("width", "ffn"))
     down = self._weight("down", (c.ffn, c.width), ("ffn", "width"))
     f_BxTxF = ACTIVATIONS[c.activation](h_BxTxD @ gate) * (h_BxTxD @ up)
-    out_BxTxD = f_BxTxF @ down
+    out_BxTxD = split_rows(c.spread, f_BxTxF @ down)
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="mlp_post_norm")(out_BxTxD)
     return x_BxTxD + out_BxTxD, cache
@@ -242,11 +254,13 @@ class Decoder(nn.Module):
     few = read_BxR is not None and read_BxR.shape[1] < tokens_BxT.shape[1]
     block = REMATS[c.remat](Block)
     new_caches = []
-    for layer in range(c.layers):
+    if c.scan_layers and caches is None and not self.is_initializing():
+      x_BxTxD, new_caches = self._scan(x_BxTxD, positions_BxT, tables, context, c.layers - few)
+    for layer in range(len(new_caches), c.layers):
       cache = None if caches is None else caches[layer]
       kind = c.layer_kind(layer)
       read = read_BxR if few and layer == c.layers - 1 else None
-      x_BxTxD, cache = block(c, self.attend, kind, name=f"block_{layer}")(
+      x_BxTxD, cache = block(c, self.attend, kind, name=block_name(layer))(
         x_BxTxD, positions_BxT, tables[kind.rope], context, cache, read
       )
       new_caches.append(cache)
@@ -254,6 +268,45 @@ class Decoder(nn.Module):
     if read_BxR is not None and not few:
       x_BxTxD = pick(x_BxTxD, read_BxR)
     return x_BxTxD, tuple(new_caches)
+
+  def _scan(self, x_BxTxD, positions_BxT, tables, context, most: int):
+    """Runs the first layers, at most so many, as one loop over their stacked weights.
+
+    A turn is a layer of each kind: a compiler then sees as many layers as there are kinds.
+
+    Returns:
+      (states, list of the caches of the layers that have run).
+    """
+    c = self.cfg
+    kinds = c.layer_kinds
+    turns = most // len(kinds)
+    if turns < 2:
+      return x_BxTxD, []
+    weights = cast_weights(c, self.variables["params"])
+    stack = lambda *leaves: jnp.stack(leaves)
+    stacked = [
+      jax.tree.map(stack, *(weights[block_name(turn * len(kinds) + i)] for turn in range(turns)))
+      for i in range(len(kinds))
+    ]
+
+    blocks = [REMATS[c.remat](Block)(c, self.attend, kind, parent=None) for kind in kinds]
+
+    def turn(x_BxTxD, weights):
+      caches = []
+      for block, of_block, kind in zip(blocks, weights, kinds, strict=True):
+        inputs = (x_BxTxD, positions_BxT, tables[kind.rope], context, None)
+        x_BxTxD, cache = block.apply({"params": of_block}, *inputs)
+        caches.append(cache)
+      return x_BxTxD, caches
+
+    x_BxTxD, caches = jax.lax.scan(turn, x_BxTxD, stacked)
+    of_turn = lambda i: [jax.tree.map(lambda x: x[i], cache) for cache in caches]
+    return x_BxTxD, [cache for i in range(turns) for cache in of_turn(i)]
+
+
+def block_name(layer: int) -> str:
+  """Name of a layer's parameters."""
+  return f"block_{layer}"
 
 
 def forward(
@@ -284,6 +337,22 @@ def cast_weights(cfg: DecoderConfig, params):
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def decode_weights(cfg: DecoderConfig, params):
+  """Parameters for `cfg.for_decode()`: cast once, and where `fsdp` splits them, moved once so that
+  a step sends rows and no summands; see `infra.mesh.spread_shardings`."""
+  params = cast_weights(cfg, params)
+  if cfg.spread is None:
+    return params
+  shardings = decode_shardings(cfg)
+  decoder = {name: params[name] for name in shardings}
+  return params | jax.lax.with_sharding_constraint(decoder, shardings)
+
+
+def decode_shardings(cfg: DecoderConfig):
+  """Shardings of `decode_weights`, for a decoder that has them spread."""
+  return spread_shardings(cfg.spread, jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+
+
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:
   """The [D, V] matrix that turns hidden states into logits, in the dtype of the activations."""
   matrix_DxV = params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
@@ -292,7 +361,9 @@ def unembedding(cfg: DecoderConfig, params) -> jax.Array:
 
 def token_logits(cfg: DecoderConfig, params, hidden: jax.Array) -> jax.Array:
   """Logits [..., V] float32 of what follows, from hidden states [..., D]."""
+  hidden = gather_rows(cfg.spread, hidden)
   logits = jnp.dot(hidden, unembedding(cfg, params), preferred_element_type=jnp.float32)
+  logits = split_rows(cfg.spread, split_channels(cfg.spread, logits))
   return soft_cap(logits, cfg.logit_cap)
 
 

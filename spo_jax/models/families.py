@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spo_jax.errors import UserError
-from spo_jax.models.decoder import DecoderConfig, LayerKind
+from spo_jax.models.decoder import DecoderConfig, LayerKind, block_name
 from spo_jax.models.hf_rope import GLOBAL, LOCAL, choice, read_ropes
 
 
@@ -89,7 +89,12 @@ UNSUPPORTED = (
 
 
 def config_from_hf(
-  hf: dict[str, Any], *, dtype: str = "float32", remat: str = "none", attention: str = "blocks"
+  hf: dict[str, Any],
+  *,
+  dtype: str = "float32",
+  remat: str = "none",
+  attention: str = "blocks",
+  scan_layers: bool = False,
 ) -> DecoderConfig:
   """The decoder that a Hugging Face config describes.
 
@@ -98,6 +103,7 @@ def config_from_hf(
     dtype: of activations and matmuls.
     remat: what is recomputed in the backward pass, of decoder.REMATS.
     attention: who computes it, of attention.BACKENDS.
+    scan_layers: whether layers without a cache are a loop.
 
   Returns:
     The config of the decoder.
@@ -156,6 +162,7 @@ def config_from_hf(
     qkv_bias=family.qkv_bias,
     qk_norm=family.qk_norm,
     attention=attention,
+    scan_layers=scan_layers,
     **gemma,
   )
 
@@ -257,5 +264,5 @@ def parameter_table(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[str, Tran
     table[("unembedding",)] = ("lm_head.weight", Transform.TRANSPOSED)
   for layer in range(cfg.layers):
     for path, (name, transform) in names.items():
-      table[(f"block_{layer}", *path)] = (f"model.layers.{layer}.{name}", transform)
+      table[(block_name(layer), *path)] = (f"model.layers.{layer}.{name}", transform)
   return table

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
-from spo_jax.models.decoder import DecoderConfig, cast_weights, init_params
+from spo_jax.models.decoder import DecoderConfig, cast_weights, decode_shardings, init_params
 from spo_jax.run import make_sampler
 from spo_jax.sampling import stepping, verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
@@ -233,11 +233,14 @@ def decode_step(setup: Setup) -> Program:
   """
   _, level = decoded_levels(setup.config)[-1]
   decode_cfg = _sampler(setup, truncate=True).decode_config(level.budget, level.keep_cache)
-  cfg = dataclasses.replace(setup.model, gather=None)
+  cfg = setup.model.for_decode()
   E, ring = decoded_at_once(setup.config, level), decoded_in_ring(setup.config, level)
   sizes = [level.budget] if ring else decode_cfg.chunks()
   params = abstract_params(setup)
   weights = jax.eval_shape(lambda p: cast_weights(cfg, p), params)
+  shardings = jax.tree.map(lambda x: x.sharding, params)
+  if cfg.spread is not None:
+    shardings = decode_shardings(cfg)
   groups = _groups(setup, E, level.n, False)
   state = jax.eval_shape(lambda groups: stepping.enter(decode_cfg, groups), groups)
   empty = lambda size: stepping.empty_chunks(cfg, decode_cfg, E, level.n, size)
@@ -251,7 +254,7 @@ def decode_step(setup: Setup) -> Program:
     "decode step",
     "sampling",
     lambda: jax.jit(step, donate_argnums=(2, 4)).lower(
-      _placed(weights, jax.tree.map(lambda x: x.sharding, params)),
+      _placed(weights, shardings),
       _prefix(setup, E, level.prefix),
       _in_rows(setup, state),
       full,

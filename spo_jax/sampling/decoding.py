@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split
-from spo_jax.models.decoder import DecoderConfig, cast_weights
+from spo_jax.models.decoder import DecoderConfig, decode_weights
 from spo_jax.sampling.stepping import (
   DecodeConfig,
   State,
@@ -44,9 +44,8 @@ def decode(
   Returns:
     Segments of the Q groups, in their order.
   """
-  # A step has few tokens, and they are cheaper to send than the weights: those stay.
-  cfg = dataclasses.replace(cfg, gather=None)
-  params = cast_weights(cfg, params)
+  cfg = cfg.for_decode()
+  params = decode_weights(cfg, params)
   Q = len(groups.starts)
   if decode_cfg.slots >= Q:
     return _wave(cfg, decode_cfg, params, _rows_of(prefix, groups, decode_cfg.rows), groups)

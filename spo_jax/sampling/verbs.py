@@ -19,15 +19,13 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split, whole_on_each
-from spo_jax.models.attention import attend_chunk, attend_prefill
+from spo_jax.models.attention import NOWHERE, attend_chunk, attend_prefill
 from spo_jax.models.decoder import DecoderConfig, cast_weights, forward
 
 NO_GROUP = -1
-NOWHERE = np.iinfo(np.int32).max  # position of an empty slot: behind all others
 
 
 class Prefix(NamedTuple):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,9 @@ from spo_jax.models.attention import (
   LayerCache,
   attend_decode,
   blocks,
+  decode,
   flash,
+  pallas_decode,
 )
 from spo_jax.training.key_blocks import visible_blocks
 
@@ -155,13 +158,18 @@ def test_fully_masked_queries_are_finite(qkv, attention):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 
+@pytest.mark.parametrize("backend", ["blocks", "pallas"])
 @pytest.mark.parametrize("spec", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
 @pytest.mark.parametrize("sizes", [(6,), (4, 2)], ids=["ring", "chunks"])
-def test_attend_decode_is_dense_attention_over_prefix_and_suffix(spec, sizes):
+def test_attend_decode_is_dense_attention_over_prefix_and_suffix(monkeypatch, backend, spec, sizes):
   """The prefix's slots lie in any order, some empty; a ring is in every rotation.
 
-  A group that does not write keeps its suffix.
+  A group that does not write keeps its suffix. The kernel works in blocks of 4 slots.
   """
+  interpreted = functools.partial(pallas_decode.partial_attention, interpret=True)
+  monkeypatch.setattr(decode, "partial_attention", interpreted)
+  monkeypatch.setattr(pallas_decode, "MOST_SLOTS", 4)
+  spec = dataclasses.replace(spec, backend=backend)
   rng = np.random.default_rng(2)
   R, n, P, S = 4, 3, 7, sum(sizes)
   B = R * n

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from spo_jax.infra.mesh import PARAM_RULES
 from spo_jax.models.attention import PackedContext, attend_packed, attend_prefill, flash
 from spo_jax.models.decoder import (
   REMATS,
+  LayerKind,
   cast_weights,
   count_params,
   forward,
@@ -93,6 +96,43 @@ def test_remat_changes_what_is_kept_and_computed_twice_but_no_gradient(monkeypat
   assert kept["blocks"] < kept["dots"] < kept["none"]
   assert flops["none"] <= flops["dots"] < flops["blocks"]
   assert loops["none"] == loops["dots"] < loops["blocks"]
+
+
+KINDS = (LayerKind(Rope(1e4, "exact")), LayerKind(Rope(1e3, "exact"), window=3))
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks"])
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS])
+def test_scanned_layers_are_the_layers(tokens, kinds, remat):
+  """States, gradients and caches; the last layer, whose states are read in part, is no turn."""
+  cfg = tiny_config(layers=6, layer_kinds=kinds, remat=remat)
+  params = tiny_params(cfg)
+  positions, read = np.arange(T)[None], np.array([[3, 9]])
+
+  def results(cfg):
+    def loss(params):
+      states, caches = forward(
+        cfg, attend_prefill, params, tokens, positions, read_BxR=read, longest=T
+      )
+      return jnp.sum(jnp.sin(states)), (states, caches)
+
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+    text = str(traced.jaxpr)
+    assert ("remat" in text) == (remat == "blocks")
+    return traced.lower().compile()(params), text.count("dot_general")
+
+  (plain, in_plain), (scanned, in_scanned) = map(
+    results, (cfg, dataclasses.replace(cfg, scan_layers=True))
+  )
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), plain, scanned)
+  written_out = 2 if len(kinds) == 2 else 1  # layers that make no whole turn, and the last
+  assert in_scanned / in_plain <= (len(kinds) + written_out) / cfg.layers
+
+
+def test_scanned_layers_have_the_parameters_of_the_layers():
+  cfg = tiny_config(layers=3)
+  shapes = lambda cfg: jax.tree.map(jnp.shape, tiny_params(cfg))
+  assert shapes(cfg) == shapes(dataclasses.replace(cfg, scan_layers=True))
 
 
 def test_tied_unembedding_is_the_transposed_embedding():

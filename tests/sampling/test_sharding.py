@@ -1,12 +1,16 @@
 """The verbs on meshes of 8 virtual CPU devices."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 from spo_jax.algorithms.partition import make_partition
-from spo_jax.infra.mesh import make_mesh
+from spo_jax.infra.mesh import make_mesh, shard_rows
+from spo_jax.sampling.sampler import jit_decode
 from spo_jax.sampling.strategies import grow_chain, grow_tree
+from spo_jax.sampling.verbs import Groups
 from tests.tiny import shard_params, tiny_config, tiny_params, tiny_prompts, tiny_sampler
 
 CFG = tiny_config(layers=1)
@@ -16,7 +20,7 @@ PARTITION = make_partition("fixed", threshold=0.5, interval=1, length=2, parts=1
 def grow(mesh):
   """Params, prefixes, a tree and a chain of the same programs; the second decode refills."""
   params = shard_params(CFG, mesh, tiny_params(CFG))
-  sampler = tiny_sampler(CFG, mesh=mesh, slots=16)
+  sampler = tiny_sampler(CFG.on(mesh), mesh=mesh, slots=16)
   prompts = tiny_prompts(8)
   prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
   tree = grow_tree(sampler, params, prompts, branches=(4, 4), budgets=(6, 6))
@@ -73,3 +77,25 @@ def test_prompts_in_chunks_are_split_as_whole_ones(one_device):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   for cache in jax.tree.leaves(prefix.cache):
     assert held(cache)[:2] == (2, CFG.kv_heads // 2)
+
+
+def test_a_step_sends_rows_and_no_summands():
+  """Where fsdp splits the weights, decode has them split by what they give: no device holds logits
+  or channels of all rows."""
+  mesh = make_mesh(1, 8, 1)
+  cfg = tiny_config(layers=1, ffn=80, vocab_size=144)
+  params = shard_params(cfg, mesh, tiny_params(cfg))
+  rows, n = 8, 3
+  sampler = tiny_sampler(cfg.on(mesh), mesh=mesh)
+  prompts = tiny_prompts(rows)
+  prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
+  grid = np.ones((rows, n), np.int32)
+  keys = jax.random.split(jax.random.key(0), grid.shape)
+  groups = shard_rows(mesh, Groups(None, 3 * grid, 5 * grid, grid, keys))
+  decode_cfg = sampler.decode_config(5, keep_cache=False)
+  text = jit_decode.lower(sampler.cfg, decode_cfg, params, prefix, groups).compile().as_text()
+  shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"f32\[([\d,]+)\]", text)}
+  shapes = {tuple(size for size in shape if size > 1) for shape in shapes}
+  assert (rows * n, cfg.ffn // 8) in shapes and (rows * n, cfg.vocab_size // 8) in shapes
+  assert (rows * n, cfg.ffn) not in shapes and (rows * n, cfg.vocab_size) not in shapes
+  assert (n, cfg.vocab_size) in shapes  # each device draws for its own rows

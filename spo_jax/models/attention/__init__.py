@@ -4,8 +4,8 @@ All softmaxes are in float32, so that the sampler's log-probs are the trainer's.
 `attend(q, k, v, positions, context, cache, spec)`, positions being those of the queries.
 `spec.backend` names who computes packed forests and whole prompts: "blocks", fast for short rows;
 "flash", in memory linear in their length; "cudnn", kernels of NVIDIA GPUs for prefill, and "flash"
-for forests; "pallas", what "flash" does by kernels for TPUs. Prefill in chunks, and decode, have
-one implementation in XLA for all backends.
+for forests; "pallas", what "flash" does by kernels for TPUs, and decode by one too. Prefill in
+chunks has one implementation in XLA for all backends, and decode one for all others.
 """
 
 from typing import NamedTuple
@@ -20,11 +20,12 @@ from spo_jax.models.attention.decode import (
   attend_decode,
   write_chunk,
 )
-from spo_jax.models.attention.spec import ATTENTION, AttentionSpec
+from spo_jax.models.attention.spec import ATTENTION, NOWHERE, AttentionSpec
 
 __all__ = [
   "ATTENTION",
   "BACKENDS",
+  "NOWHERE",
   "AttentionSpec",
   "DecodeContext",
   "LayerCache",

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
+from spo_jax.models.attention.pallas_decode import merge, partial_attention
+from spo_jax.models.attention.spec import NEG_INF, NOWHERE, AttentionSpec
 
 
 class DecodeContext(NamedTuple):
@@ -45,8 +46,8 @@ def attend_decode(
   """Decode: one new token a continuation against the group's shared prefix and its own suffix.
 
   The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh]
-  matrix a key-value head. The scores of prefix and chunks share one softmax, normalised by their
-  joint log-sum-exp, after the products with the values.
+  matrix a key-value head. "pallas" has a kernel for it, `pallas_decode.py`; every other backend
+  takes products.
 
   Args:
     q: [B, 1, H, Dh].
@@ -60,26 +61,34 @@ def attend_decode(
   Returns:
     ([B, 1, H, Dh], the updated last chunk).
   """
-  B, _, H, Dh = q.shape
-  R, n = context.visible.shape
+  B, _, _, Dh = q.shape
   K = k.shape[2]
-  G = H // K
   last = write_chunk(cache.last, k.reshape(B, K, Dh, 1), v.reshape(B, K, 1, Dh), context)
-  prefix_k, prefix_v = cache.prefix
+  attend = _by_kernel if spec.backend == "pallas" else _by_products
+  q_BxKxGxDh = q.reshape(B, K, -1, Dh)
+  mixed = attend(q_BxKxGxDh, positions, context, cache._replace(last=last), spec)
+  return mixed.astype(v.dtype).reshape(q.shape), last
 
+
+def _by_products(q_BxKxGxDh, positions, context: DecodeContext, cache: LayerCache, spec):
+  """The scores of prefix and chunks share one softmax, normalised after the products with the
+  values."""
+  B, K, G, Dh = q_BxKxGxDh.shape
+  R, n = context.visible.shape
+  prefix_k, prefix_v = cache.prefix
   position_Rx1xP = context.prefix_positions[:, None]
   seen_RxnxP = position_Rx1xP < context.visible[..., None]
   if spec.window is not None:
     seen_RxnxP &= positions.reshape(R, n, 1) - position_Rx1xP < spec.window
-  products = _products("rnkgd,rkdp->rkngp", q.reshape(R, n, K, G, Dh), prefix_k)
+  products = _products("rnkgd,rkdp->rkngp", q_BxKxGxDh.reshape(R, n, K, G, Dh), prefix_k)
   to_prefix = jnp.where(seen_RxnxP[:, None, :, None], spec.scores(products), NEG_INF)
-  chunks = (*cache.full, last)
+  chunks = (*cache.full, cache.last)
   to_chunks = []
   for (chunk_k, _), age_S in zip(chunks, context.ages, strict=True):
     seen_RxS = age_S[None] <= context.steps[:, None]
     if spec.window is not None:
       seen_RxS &= age_S[None] < spec.window
-    products = _products("bkgd,bkds->bkgs", q.reshape(B, K, G, Dh), chunk_k)
+    products = _products("bkgd,bkds->bkgs", q_BxKxGxDh, chunk_k)
     seen_BxS = jnp.repeat(seen_RxS, n, axis=0)
     to_chunks.append(jnp.where(seen_BxS[:, None, None], spec.scores(products), NEG_INF))
 
@@ -99,7 +108,32 @@ def attend_decode(
     weights = jnp.exp(scores - peak)
     total = total + weights.sum(-1, keepdims=True)
     mixed = mixed + _mix("bkgs,bksd->bkgd", weights, chunk_v)
-  return (mixed / total).astype(v.dtype).reshape(q.shape), last
+  return mixed / total
+
+
+def _by_kernel(q_BxKxGxDh, positions, context: DecodeContext, cache: LayerCache, spec):
+  """Prefix and chunks are read by a kernel each time, and joined by their log-sum-exps."""
+  B, K, G, Dh = q_BxKxGxDh.shape
+  R, n = context.visible.shape
+  everything = spec.window or NOWHERE
+  oldest_Rxn = jnp.maximum(positions.reshape(R, n) - everything + 1, 0)
+  bounds_RxMx2 = jnp.repeat(jnp.stack([oldest_Rxn, context.visible], -1), G, axis=1)
+  q_RxKxMxDh = q_BxKxGxDh.reshape(R, n, K, G, Dh).swapaxes(1, 2).reshape(R, K, n * G, Dh)
+  to_prefix = partial_attention(
+    q_RxKxMxDh, *cache.prefix, context.prefix_positions, bounds_RxMx2, spec
+  )
+
+  def by_continuation(x_RxKxMxE):
+    return x_RxKxMxE.reshape(R, K, n, G, -1).swapaxes(1, 2).reshape(B, K, G, -1)
+
+  parts = [(by_continuation(to_prefix[0]), by_continuation(to_prefix[1])[..., 0])]
+  ages_R = jnp.minimum(context.steps + 1, everything)
+  bounds_BxGx2 = jnp.broadcast_to(
+    jnp.stack([jnp.zeros_like(ages_R), ages_R], -1).repeat(n, axis=0)[:, None], (B, G, 2)
+  )
+  for chunk, age_S in zip((*cache.full, cache.last), context.ages, strict=True):
+    parts.append(partial_attention(q_BxKxGxDh, *chunk, age_S[None], bounds_BxGx2, spec))
+  return merge(parts)
 
 
 def write_chunk(chunk, k, v, context: DecodeContext):

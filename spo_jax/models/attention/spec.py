@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.numerics import soft_cap
 
 ATTENTION = "attention"  # what a backward pass needs of attention is kept by this name
+NOWHERE = np.iinfo(np.int32).max  # position of an empty slot: behind all others
 NEG_INF = -1e30  # finite: a fully masked row gives a uniform softmax, not NaN
 
 
