@@ -155,6 +155,9 @@ class LossConfig:
   epsilon_high: float = 0.2
   log_ratio_bound: float = 10.0
   ratio_threshold: float = 10.0  # a batch with a larger mean ratio is skipped
+  # Largest weight of a token by π_policy / π_sampler, the policy's being computed anew; 0: all
+  # weigh 1, and the sampler's log-probs are taken for the policy's.
+  importance_cap: float = 0.0
   kl_coef: float = 1e-4  # 0 leaves the reference policy out
   kl_in: str = "loss"  # or "reward", of a critic
   kl_estimator: str = "control_variate"

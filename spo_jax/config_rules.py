@@ -308,6 +308,16 @@ def _check_method(config: Config) -> None:
     "for a response: it does not go with config.rollout.strategy 'chain' or segment_weights "
     "'share'",
   )
+  _need(
+    loss.importance_cap == 0 or loss.importance_cap >= 1,
+    f"config.loss.importance_cap is {loss.importance_cap}, it must be 0 (off) or at least 1, the "
+    "weight of a token that policy and sampler find equally likely",
+  )
+  _need(
+    loss.importance_cap == 0 or (loss.kind == "ppo_clip" and not config.restart),
+    "config.loss.importance_cap corrects the old log-probs of config.loss.kind 'ppo_clip': it does "
+    "not go with other kinds, nor with config.restart, which trains another policy than it sampled",
+  )
   whole = has_critic or loss.kind == "dpo_positive" or loss.segment_weights == "share"
   _need(
     not (config.replay.max_age and (whole or loss.normalization == "sequence")),

@@ -169,6 +169,11 @@ def on_task(config: Config, base: Config, name: str) -> Config:
     **{field: getattr(base, field) for field in shared},
     rollout=dataclasses.replace(config.rollout, **rollout),
     loss=dataclasses.replace(
-      config.loss, kl_coef=0.0, kl_in="loss", forward_kl_coef=0.0, kl_control="fixed"
+      config.loss,
+      kl_coef=0.0,
+      kl_in="loss",
+      forward_kl_coef=0.0,
+      kl_control="fixed",
+      importance_cap=0.0,
     ),
   )

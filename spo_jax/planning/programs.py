@@ -131,6 +131,8 @@ def prepared_batch(setup: Setup, batch: PackedForest) -> PackedForest:
   like = lambda dtype, *more: jax.ShapeDtypeStruct(
     (*targets.shape, *more), dtype, sharding=targets.sharding
   )
+  if loss.importance_cap:
+    batch = batch._replace(sampler_logprobs=like(jnp.float32))
   if loss.forward_kl_coef:
     batch = batch._replace(ref_hidden=like(setup.model.dtype, setup.model.width))
   if setup.config.critic.trunk != "none":
@@ -159,6 +161,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
       count,
       critic_params=None if of_critic is None else of_critic.params,
       kl_coef=coef,
+      params=state.params if loss_cfg.importance_cap else None,
     ),
     beside=state if critic is None else (state, critic.opt_state),
   )

@@ -48,7 +48,7 @@ PLAIN = ["prepare", "train_step"]
   ("sections", "names"),
   [
     ({"loss": {"segment_weights": "share", "kl_control": "adaptive"}}, PLAIN),
-    ({"loss": {"forward_kl_coef": 0.1}}, PLAIN),
+    ({"loss": {"forward_kl_coef": 0.1, "importance_cap": 2.0}}, PLAIN),
     ({"loss": {"kind": "dpo_positive", "kl_coef": 0.0}, "rollout": GROUP}, PLAIN),
     (CRITIC | {"critic": {"trunk": "shared"}}, PLAIN),
     (CRITIC | {"critic": {"trunk": "own"}, "loss": {"kl_in": "reward"}}, [*PLAIN, "critic_step"]),
