@@ -111,6 +111,9 @@ class RolloutConfig:
   slots: int = 1024  # most groups of continuations that are decoded at a time
   refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
+  # Of the matrices that rollouts are decoded with: "full", in compute.dtype, or "int8", half as many
+  # bytes or fewer. Prefill and evaluation are of the policy itself.
+  weights: str = "full"
 
 
 @dataclasses.dataclass(frozen=True)

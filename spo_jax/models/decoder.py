@@ -26,6 +26,9 @@ Attend = Callable[..., tuple[jax.Array, Any]]
 
 _EMBEDDING_AXES = ("vocab", "width")
 NORM_SCALE = "scale"  # name of a norm's parameter
+# Behind the name of a weight: its scales, beside the weight where that is quantised; see
+# `decode_weights`.
+SCALES = "_scales"
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
@@ -123,6 +126,14 @@ def pick(x_BxTxE: jax.Array, places_BxR: jax.Array) -> jax.Array:
   return jax.vmap(lambda row, places: row[places])(x_BxTxE, places_BxR)
 
 
+def rescale(product: jax.Array, scales: jax.Array | None) -> jax.Array:
+  """A product with a weight, times the scales of its channels if the weight is quantised."""
+  if scales is None:
+    return product
+  before = tuple(range(product.ndim - scales.ndim))
+  return (product * jnp.expand_dims(scales, before)).astype(product.dtype)
+
+
 class Block(nn.Module):
   """Attention and a gated feed-forward layer, each with a norm before it and a residual."""
 
@@ -134,6 +145,9 @@ class Block(nn.Module):
     init = nn.with_partitioning(fan_in_init(*fan_in_axes), axes)
     weight = self.param(name, init, shape).astype(self.cfg.dtype)
     return gather_weight(self.cfg.gather, weight, axes)
+
+  def _rescale(self, name, product):
+    return rescale(product, self.get_variable("params", name + SCALES))
 
   def _bias(self, name, shape, axes):
     init = nn.with_partitioning(nn.initializers.zeros, axes)
@@ -149,9 +163,9 @@ class Block(nn.Module):
     wk = self._weight("key", (c.width, *k_shape), ("width", "kv_heads", None))
     wv = self._weight("value", (c.width, *k_shape), ("width", "kv_heads", None))
     wo = self._weight("out", (*q_shape, c.width), ("heads", None, "width"), (0, 1))
-    q_BxTxHxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wq)
-    k_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wk)
-    v_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wv)
+    q_BxTxHxDh = self._rescale("query", jnp.einsum("btd,dhk->bthk", h_BxTxD, wq))
+    k_BxTxKxDh = self._rescale("key", jnp.einsum("btd,dhk->bthk", h_BxTxD, wk))
+    v_BxTxKxDh = self._rescale("value", jnp.einsum("btd,dhk->bthk", h_BxTxD, wv))
     if c.qkv_bias:
       q_BxTxHxDh += self._bias("query_bias", q_shape, ("heads", None))
       k_BxTxKxDh += self._bias("key_bias", k_shape, ("kv_heads", None))
@@ -171,7 +185,7 @@ class Block(nn.Module):
     )
     if read_BxR is not None:  # from here on T is R
       x_BxTxD, mixed_BxTxHxDh = pick(x_BxTxD, read_BxR), pick(mixed_BxTxHxDh, read_BxR)
-    out_BxTxD = jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo)
+    out_BxTxD = self._rescale("out", jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo))
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
     x_BxTxD = x_BxTxD + out_BxTxD
@@ -180,8 +194,9 @@ class Block(nn.Module):
     gate = self._weight("gate", (c.width, c.ffn), ("width", "ffn"))
     up = self._weight("up", (c.width, c.ffn), ("width", "ffn"))
     down = self._weight("down", (c.ffn, c.width), ("ffn", "width"))
-    f_BxTxF = ACTIVATIONS[c.activation](h_BxTxD @ gate) * (h_BxTxD @ up)
-    out_BxTxD = f_BxTxF @ down
+    gate_BxTxF = self._rescale("gate", h_BxTxD @ gate)
+    f_BxTxF = ACTIVATIONS[c.activation](gate_BxTxF) * self._rescale("up", h_BxTxD @ up)
+    out_BxTxD = self._rescale("down", f_BxTxF @ down)
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="mlp_post_norm")(out_BxTxD)
     return x_BxTxD + out_BxTxD, cache
@@ -273,14 +288,14 @@ def cast_weights(cfg: DecoderConfig, params):
 
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:
   """The [D, V] matrix that turns hidden states into logits, in the dtype of the activations."""
-  matrix_DxV = params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
+  matrix_DxV = params["unembedding"] if "unembedding" in params else params["embedding"].T
   return gather_weight(cfg.gather, matrix_DxV.astype(cfg.dtype), _EMBEDDING_AXES[::-1])
 
 
 def token_logits(cfg: DecoderConfig, params, hidden: jax.Array) -> jax.Array:
   """Logits [..., V] float32 of what follows, from hidden states [..., D]."""
   logits = jnp.dot(hidden, unembedding(cfg, params), preferred_element_type=jnp.float32)
-  return soft_cap(logits, cfg.logit_cap)
+  return soft_cap(rescale(logits, params.get("unembedding" + SCALES)), cfg.logit_cap)
 
 
 def init_params(cfg: DecoderConfig, key: jax.Array):

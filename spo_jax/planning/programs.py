@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
-from spo_jax.models.decoder import DecoderConfig, cast_weights, init_params
+from spo_jax.models.decode_weights import decode_weights
+from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.run import make_sampler
 from spo_jax.sampling import stepping, verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
@@ -190,7 +191,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
 def sampling_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
   rollout = setup.config.rollout
-  sampler = _sampler(setup, truncate=True)
+  sampler = _sampler(setup, as_rollout=True)
   yield _prefill(setup, "sampling", rollout.prompts, rollout.max_prompt_tokens)
   for label, level in decoded_levels(setup.config):
     yield _decode(setup, sampler, "sampling", "decode" + label, level)
@@ -235,12 +236,10 @@ def decode_step(setup: Setup) -> Program:
   of the whole program no part is told.
   """
   _, level = decoded_levels(setup.config)[-1]
-  decode_cfg = _sampler(setup, truncate=True).decode_config(level.budget, level.keep_cache)
+  decode_cfg = _sampler(setup, as_rollout=True).decode_config(level.budget, level.keep_cache)
   cfg = dataclasses.replace(setup.model, gather=None)
   E, ring = decoded_at_once(setup.config, level), decoded_in_ring(setup.config, level)
   sizes = [level.budget] if ring else decode_cfg.chunks()
-  params = abstract_params(setup)
-  weights = jax.eval_shape(lambda p: cast_weights(cfg, p), params)
   groups = _groups(setup, E, level.n, False)
   state = jax.eval_shape(lambda groups: stepping.enter(decode_cfg, groups), groups)
   empty = lambda size: stepping.empty_chunks(cfg, decode_cfg, E, level.n, size)
@@ -254,7 +253,7 @@ def decode_step(setup: Setup) -> Program:
     "decode step",
     "sampling",
     lambda: jax.jit(step, donate_argnums=(2, 4)).lower(
-      _placed(weights, jax.tree.map(lambda x: x.sharding, params)),
+      _decode_weights(setup, decode_cfg.weights),
       _prefix(setup, E, level.prefix),
       _in_rows(setup, state),
       full,
@@ -263,6 +262,17 @@ def decode_step(setup: Setup) -> Program:
     ),
     beside=(),
   )
+
+
+def _decode_weights(setup: Setup, kind: str):
+  """Shapes and shardings of the weights that steps multiply."""
+  params = abstract_params(setup)
+  make = lambda params: decode_weights(setup.model, params, kind)
+  if kind == "full":
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+  else:  # those of the scales are the compiler's
+    shardings = jax.jit(make).lower(params).compile().output_shardings
+  return _placed(jax.eval_shape(make, params), shardings)
 
 
 def decoded_at_once(config: Config, level: Level) -> int:
@@ -279,17 +289,17 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `evaluation.respond`."""
   config, shards = setup.config, row_shards(setup.mesh)
   batch = min(config.eval.batch, -(-config.eval.prompts // shards) * shards)
-  sampler = _sampler(setup, truncate=False)
+  sampler = _sampler(setup, as_rollout=False)
   prompt = config.rollout.max_prompt_tokens
   yield _prefill(setup, "evaluation", batch, prompt)
   level = Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
   yield _decode(setup, sampler, "evaluation", "decode", level)
 
 
-def _sampler(setup: Setup, truncate: bool) -> Sampler:
+def _sampler(setup: Setup, as_rollout: bool) -> Sampler:
   rollout = setup.config.rollout
   return make_sampler(
-    rollout, setup.model, setup.mesh, STOP_IDS, temperature=rollout.temperature, truncate=truncate
+    rollout, setup.model, setup.mesh, STOP_IDS, temperature=rollout.temperature, as_rollout=as_rollout
   )
 
 

@@ -24,6 +24,7 @@ class Sampler:
   slots: int  # most groups decoded at a time
   refill_share: float
   suffix_chunks: int
+  weights: str = "full"  # what steps of decode multiply, of `quantised.KINDS`
 
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
@@ -60,6 +61,7 @@ class Sampler:
       sampling=self.sampling,
       keep_cache=keep_cache,
       rows=row_sharding(self.mesh),
+      weights=self.weights,
     )
 
   def extend(self, prefix, groups, segments, index_R: np.ndarray) -> verbs.Prefix:

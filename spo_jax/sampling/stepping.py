@@ -33,6 +33,7 @@ class DecodeConfig:
   sampling: SamplingConfig
   keep_cache: bool  # return the suffixes' keys and values, for `extend`
   rows: NamedSharding | None = None  # how groups are split over a mesh; None leaves it open
+  weights: str = "full"  # what steps multiply, of `quantised.KINDS`
 
   def chunks(self) -> list[int]:
     """Slots of each chunk of a suffix; they add up to S."""
@@ -104,6 +105,9 @@ def decode_step(
   Returns:
     (state, the last chunks).
   """
+  if decode_cfg.weights != "full":
+    # Else the compiler turns what no step changes into floats before the loop, and steps read those.
+    params, time = jax.lax.optimization_barrier((params, time))
   S = decode_cfg.max_new_tokens
   E, n = state.fed.shape
   slot = time % S

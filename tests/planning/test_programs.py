@@ -120,7 +120,7 @@ def calls(monkeypatch):
   return record
 
 
-def sampler_of(setup, truncate):
+def sampler_of(setup, as_rollout):
   rollout = setup.config.rollout
   return make_sampler(
     rollout,
@@ -128,14 +128,14 @@ def sampler_of(setup, truncate):
     setup.mesh,
     programs.STOP_IDS,
     temperature=rollout.temperature,
-    truncate=truncate,
+    as_rollout=as_rollout,
   )
 
 
 @pytest.mark.parametrize("strategy", ["tree", "chain", "group"])
 def test_the_verbs_are_called_as_planned(strategy, calls):
   setup = setup_of(rollout={"strategy": strategy, "temperature": 0.7, "top_k": 5})
-  rollout, sampler = setup.config.rollout, sampler_of(setup, truncate=True)
+  rollout, sampler = setup.config.rollout, sampler_of(setup, as_rollout=True)
   prompts = tiny_prompts(rollout.prompts)
 
   def chain(params):
@@ -171,7 +171,7 @@ def test_the_verbs_of_evaluation_are_called_as_planned(calls):
   def evaluate(params):
     responses = evaluation.respond(
       Task(),
-      sampler_of(setup, truncate=False),
+      sampler_of(setup, as_rollout=False),
       params,
       [{}] * config.eval.prompts,
       jax.random.key(0),
