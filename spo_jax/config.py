@@ -114,6 +114,7 @@ class RolloutConfig:
   # Of the matrices that rollouts are decoded with: "full", in compute.dtype, or "int8", half as many
   # bytes or fewer. Prefill and evaluation are of the policy itself.
   weights: str = "full"
+  cache: str = "full"  # or "int8": keys and values of rollouts, with a scale a token and head
 
 
 @dataclasses.dataclass(frozen=True)

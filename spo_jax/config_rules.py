@@ -14,6 +14,7 @@ from spo_jax.config import (
 from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
 from spo_jax.models.attention import BACKENDS
+from spo_jax.models.quantised import KINDS
 
 _POSITIVE = (
   "iterations",
@@ -56,6 +57,8 @@ _POSITIVE = (
 _CHOICES = {
   "rollout.strategy": ("tree", "chain", "group"),
   "rollout.probe_where": ("all", "mixed"),
+  "rollout.weights": KINDS,
+  "rollout.cache": KINDS,
   "partition.kind": ("adaptive", "fixed", "equal", "token", "response", "delimiter"),
   "advantage.kind": (
     "difference",
@@ -312,6 +315,12 @@ def _check_method(config: Config) -> None:
     loss.importance_cap == 0 or loss.importance_cap >= 1,
     f"config.loss.importance_cap is {loss.importance_cap}, it must be 0 (off) or at least 1, the "
     "weight of a token that policy and sampler find equally likely",
+  )
+  exact = (rollout.weights, rollout.cache) == ("full", "full")
+  _need(
+    exact or loss.importance_cap > 0 or loss.kind != "ppo_clip",
+    f"config.rollout.weights {rollout.weights!r} and cache {rollout.cache!r} draw from another "
+    "distribution than the policy's: set config.loss.importance_cap, 2.0 say, which corrects it",
   )
   _need(
     loss.importance_cap == 0 or (loss.kind == "ppo_clip" and not config.restart),

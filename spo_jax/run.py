@@ -161,6 +161,7 @@ def make_sampler(
     refill_share=rollout.refill_share,
     suffix_chunks=rollout.suffix_chunks,
     weights=rollout.weights if as_rollout else "full",
+    cache=rollout.cache if as_rollout else "full",
   )
 
 

@@ -20,6 +20,7 @@ from spo_jax.planning.programs import Setup, abstract_params, decoded_at_once, d
 
 TRAIN_FLOPS = 6  # a weight and token: a product forwards and two backwards, of 2 FLOPs each
 REMAT_FLOPS = 8  # the same with the forward product once more
+SCALE_BYTES = 4  # of a key or a value in int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,16 @@ def decode_minimum(setup: Setup) -> float:
   """Bytes that a chip must read for a decode step at a full suffix.
 
   The weights that it holds, once; the keys and values of each group's prefix, once, and of each
-  continuation's suffix. What a window hides is not read. Logits are not counted, nor what a chip
-  sends to others.
+  continuation's suffix. What a window hides is not read. Logits are not counted, nor the scales of
+  weights, nor what a chip sends to others.
   """
   model, config = setup.model, setup.config
   _, level = decoded_levels(config)[-1]
   groups = decoded_at_once(config, level) / row_shards(setup.mesh)
-  of_token = 2 * model.kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+  of_vector = model.head_dim * jnp.dtype(model.dtype).itemsize
+  if config.rollout.cache == "int8":
+    of_vector = model.head_dim + SCALE_BYTES
+  of_token = 2 * model.kv_heads * of_vector
   tokens = 0.0
   for layer in range(model.layers):
     window = model.layer_kind(layer).window or math.inf
@@ -87,7 +91,8 @@ def _weight_bytes(setup: Setup) -> float:
   sizes = [
     math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params) if x.ndim > 1
   ]
-  return sum(sizes) * jnp.dtype(setup.model.dtype).itemsize
+  of_weight = jnp.dtype(setup.model.dtype).itemsize
+  return sum(sizes) * (1 if setup.config.rollout.weights == "int8" else of_weight)
 
 
 def train_minimum(setup: Setup) -> float:

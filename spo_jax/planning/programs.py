@@ -5,6 +5,7 @@ supervised warm start and the greedy evaluation are left out: both are smaller t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
+from spo_jax.models.attention import stored
 from spo_jax.models.decode_weights import decode_weights
 from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.run import make_sampler
@@ -192,7 +194,7 @@ def sampling_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
   rollout = setup.config.rollout
   sampler = _sampler(setup, as_rollout=True)
-  yield _prefill(setup, "sampling", rollout.prompts, rollout.max_prompt_tokens)
+  yield _prefill(setup, sampler, "sampling", rollout.prompts, rollout.max_prompt_tokens)
   for label, level in decoded_levels(setup.config):
     yield _decode(setup, sampler, "sampling", "decode" + label, level)
     if level.keep_cache:
@@ -254,7 +256,7 @@ def decode_step(setup: Setup) -> Program:
     "sampling",
     lambda: jax.jit(step, donate_argnums=(2, 4)).lower(
       _decode_weights(setup, decode_cfg.weights),
-      _prefix(setup, E, level.prefix),
+      _prefix(setup, E, level.prefix, decode_cfg.cache),
       _in_rows(setup, state),
       full,
       chunks[-1],
@@ -291,7 +293,7 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
   batch = min(config.eval.batch, -(-config.eval.prompts // shards) * shards)
   sampler = _sampler(setup, as_rollout=False)
   prompt = config.rollout.max_prompt_tokens
-  yield _prefill(setup, "evaluation", batch, prompt)
+  yield _prefill(setup, sampler, "evaluation", batch, prompt)
   level = Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
   yield _decode(setup, sampler, "evaluation", "decode", level)
 
@@ -299,11 +301,16 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
 def _sampler(setup: Setup, as_rollout: bool) -> Sampler:
   rollout = setup.config.rollout
   return make_sampler(
-    rollout, setup.model, setup.mesh, STOP_IDS, temperature=rollout.temperature, as_rollout=as_rollout
+    rollout,
+    setup.model,
+    setup.mesh,
+    STOP_IDS,
+    temperature=rollout.temperature,
+    as_rollout=as_rollout,
   )
 
 
-def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
+def _prefill(setup: Setup, sampler: Sampler, phase: str, rows: int, prompt: int) -> Program:
   state = abstract_state(setup)
   prompts = (
     jax.ShapeDtypeStruct((rows, prompt), jnp.int32),
@@ -313,7 +320,11 @@ def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
     "prefill",
     phase,
     lambda: jit_prefill.lower(
-      setup.model, row_sharding(setup.mesh), state.params, *_in_rows(setup, prompts)
+      setup.model,
+      row_sharding(setup.mesh),
+      state.params,
+      *_in_rows(setup, prompts),
+      sampler.cache,
     ),
     beside=(state.opt_state, _reference(setup)),
   )
@@ -322,7 +333,7 @@ def _prefill(setup: Setup, phase: str, rows: int, prompt: int) -> Program:
 def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: Level) -> Program:
   state = abstract_state(setup)
   decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
-  prefix = _prefix(setup, level.rows, level.prefix)
+  prefix = _prefix(setup, level.rows, level.prefix, decode_cfg.cache)
   return Program(
     name,
     phase,
@@ -346,7 +357,7 @@ def _extend(setup: Setup, sampler: Sampler, level: Level, label: str = "") -> Pr
     "sampling",
     lambda: jit_extend.lower(
       row_sharding(setup.mesh),
-      _prefix(setup, level.rows, level.prefix),
+      _prefix(setup, level.rows, level.prefix, decode_cfg.cache),
       _groups(setup, level.rows, level.n, level.any_rows),
       *_in_rows(setup, (jax.eval_shape(empty), index)),
     ),
@@ -358,14 +369,14 @@ def _reference(setup: Setup):
   return abstract_params(setup) if needs_reference(setup.config) else None
 
 
-def _prefix(setup: Setup, rows: int, tokens: int) -> verbs.Prefix:
+def _prefix(setup: Setup, rows: int, tokens: int, kind: str) -> verbs.Prefix:
   """Prefixes with their caches, split by rows alone."""
   model = setup.model
   keys = jax.ShapeDtypeStruct((rows, model.kv_heads, model.head_dim, tokens), model.dtype)
   values = jax.ShapeDtypeStruct((rows, model.kv_heads, tokens, model.head_dim), model.dtype)
   prefix = verbs.Prefix(
     positions=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-    cache=((keys, values),) * model.layers,
+    cache=(jax.eval_shape(functools.partial(stored, kind), keys, values),) * model.layers,
   )
   return _in_rows(setup, prefix)
 

@@ -25,11 +25,12 @@ class Sampler:
   refill_share: float
   suffix_chunks: int
   weights: str = "full"  # what steps of decode multiply, of `quantised.KINDS`
+  cache: str = "full"  # keys and values, likewise
 
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
     prompts = shard_rows(self.mesh, (tokens_RxP, lengths_R))
-    return jit_prefill(self.cfg, row_sharding(self.mesh), params, *prompts)
+    return jit_prefill(self.cfg, row_sharding(self.mesh), params, *prompts, self.cache)
 
   def decode(
     self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
@@ -62,6 +63,7 @@ class Sampler:
       keep_cache=keep_cache,
       rows=row_sharding(self.mesh),
       weights=self.weights,
+      cache=self.cache,
     )
 
   def extend(self, prefix, groups, segments, index_R: np.ndarray) -> verbs.Prefix:
@@ -70,11 +72,11 @@ class Sampler:
     return jit_extend(row_sharding(self.mesh), prefix, groups, segments, index_R)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def jit_prefill(cfg, rows, params, tokens_RxP, lengths_R):
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def jit_prefill(cfg, rows, params, tokens_RxP, lengths_R, kind):
   """`verbs.prefill`, compiled; prefixes are split by rows."""
   # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
-  return keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R), rows)
+  return keep_rows_split(verbs.prefill(cfg, params, tokens_RxP, lengths_R, kind), rows)
 
 
 jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(decoding.decode)

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split, whole_on_each
-from spo_jax.models.attention import attend_prefill
+from spo_jax.models.attention import attend_prefill, stored
 from spo_jax.models.decoder import DecoderConfig, forward
 
 NO_GROUP = -1
@@ -34,7 +34,7 @@ class Prefix(NamedTuple):
   """Token sequences as keys and values."""
 
   positions: jax.Array  # [R, P] int32, of the slots' tokens in their sequences; NOWHERE: none
-  cache: tuple  # per layer (keys [R, K, Dh, P], values [R, K, P, Dh])
+  cache: tuple  # per layer (keys [R, K, Dh, P], values [R, K, P, Dh]), as `attention.stored`
 
 
 class Groups(NamedTuple):
@@ -56,11 +56,13 @@ class Segments(NamedTuple):
   finished: jax.Array  # [Q, n] bool, ended by itself (end-of-sequence), not by its limit
   first: jax.Array  # [Q] int32, slot of the group's first fed token: the slots are a ring
   # Of the fed tokens, () unless asked for. Per layer, a tuple of chunks of the S slots:
-  # (keys [Q * n, K, Dh, slots], values [Q * n, K, slots, Dh]).
+  # (keys [Q * n, K, Dh, slots], values [Q * n, K, slots, Dh]), as `attention.stored`.
   cache: tuple
 
 
-def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Array) -> Prefix:
+def prefill(
+  cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Array, kind: str = "full"
+) -> Prefix:
   """Runs prompts once.
 
   Args:
@@ -68,6 +70,7 @@ def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Ar
     params: its parameters.
     tokens_RxP: [R, P] int32, right-padded.
     lengths_R: [R] int32, at least 1.
+    kind: of the cache, of `quantised.KINDS`.
 
   Returns:
     The prompts as prefixes.
@@ -76,6 +79,7 @@ def prefill(cfg: DecoderConfig, params, tokens_RxP: jax.Array, lengths_R: jax.Ar
   chex.assert_shape(lengths_R, (R,))
   positions_RxP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (R, P))
   _, cache = forward(cfg, attend_prefill, params, tokens_RxP, positions_RxP)
+  cache = tuple(stored(kind, *layer) for layer in cache)
   return Prefix(jnp.where(positions_RxP < lengths_R[:, None], positions_RxP, NOWHERE), cache)
 
 
@@ -115,17 +119,21 @@ def extend(
   def join(layer):
     """Keys and values of a layer."""
     old, chunks = layer
-    return tuple(
-      keep_rows_split(
+
+    def along(axis):
+      return lambda old, *chunks: keep_rows_split(
         jnp.concatenate(
           [
-            whole_on_each(old[which], rows)[row_R],
-            *(whole_on_each(chunk[which], rows)[chosen_R] for chunk in chunks),
+            whole_on_each(old, rows)[row_R],
+            *(whole_on_each(chunk, rows)[chosen_R] for chunk in chunks),
           ],
           axis=axis,
         ),
         rows,
       )
+
+    return tuple(
+      jax.tree.map(along(axis), old[which], *(chunk[which] for chunk in chunks))
       for which, axis in ((0, -1), (1, -2))
     )
 

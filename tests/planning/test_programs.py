@@ -65,7 +65,7 @@ def test_the_updates_of_every_method_are_lowered(sections, names):
 class Recorder:
   """Stands for a jitted verb: notes what it is called or lowered with."""
 
-  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding)
+  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding, str)
 
   def __init__(self, name, calls, result=None):
     self.name, self.calls, self.result = name, calls, result
@@ -87,8 +87,8 @@ def pretend_verbs(setup):
     shapes = jax.eval_shape(verb, *args)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-  def prefill(cfg, rows, params, tokens, lengths):
-    verb = lambda *args: verbs.prefill(cfg, *args)
+  def prefill(cfg, rows, params, tokens, lengths, kind):
+    verb = lambda *args: verbs.prefill(cfg, *args, kind)
     return shard_rows(setup.mesh, zeros(verb, params, tokens, lengths))
 
   def decode(cfg, decode_cfg, params, prefix, groups):
@@ -132,9 +132,14 @@ def sampler_of(setup, as_rollout):
   )
 
 
-@pytest.mark.parametrize("strategy", ["tree", "chain", "group"])
-def test_the_verbs_are_called_as_planned(strategy, calls):
-  setup = setup_of(rollout={"strategy": strategy, "temperature": 0.7, "top_k": 5})
+INT8 = {"weights": "int8", "cache": "int8"}
+
+
+@pytest.mark.parametrize(
+  ("strategy", "kinds"), [("tree", {}), ("chain", {}), ("group", {}), ("tree", INT8)]
+)
+def test_the_verbs_are_called_as_planned(strategy, kinds, calls):
+  setup = setup_of(rollout={"strategy": strategy, "temperature": 0.7, "top_k": 5} | kinds)
   rollout, sampler = setup.config.rollout, sampler_of(setup, as_rollout=True)
   prompts = tiny_prompts(rollout.prompts)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from spo_jax.models.attention import blocks, cudnn, flash, pallas
-from spo_jax.models.attention.decode import DecodeContext, LayerCache, attend_decode
+from spo_jax.models.attention.decode import DecodeContext, LayerCache, attend_decode, stored
 from spo_jax.models.attention.spec import AttentionSpec
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
   "attend_packed",
   "attend_prefill",
   "check_backend",
+  "stored",
 ]
 
 # backend -> (attention of packed forests, causal attention)
