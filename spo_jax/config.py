@@ -111,8 +111,8 @@ class RolloutConfig:
   slots: int = 1024  # most groups of continuations that are decoded at a time
   refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
-  # Of the matrices that rollouts are decoded with: "full", in compute.dtype, or "int8", half as many
-  # bytes or fewer. Prefill and evaluation are of the policy itself.
+  # Matrices that rollouts are decoded with: "full", in compute.dtype, or "int8": fewer bytes.
+  # Prefill and evaluation are of the policy itself.
   weights: str = "full"
   cache: str = "full"  # or "int8": keys and values of rollouts, with a scale a token and head
 

@@ -107,7 +107,7 @@ def decode_step(
     (state, the last chunks).
   """
   if "int8" in (decode_cfg.weights, decode_cfg.cache):
-    # Else the compiler turns what no step changes into floats before the loop, and steps read those.
+    # Else the compiler turns what no step changes into floats before the loop; steps read those.
     params, prefix, full, time = jax.lax.optimization_barrier((params, prefix, full, time))
   S = decode_cfg.max_new_tokens
   E, n = state.fed.shape

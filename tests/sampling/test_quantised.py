@@ -71,7 +71,7 @@ def plain_logprobs(cfg, params, tokens, prefilled, weights, cache, temperature):
 
 
 def gaps(cfg, params, kinds, seen, prefilled, groups, segments):
-  """Sizes of the differences of all drawn log-probs to those of the plain pass; `prefilled` [Q, n]."""
+  """[drawn] differences of log-probs to those of the plain pass; `prefilled` [Q, n]."""
   tokens, lengths = sequences(seen, groups, segments)
   every = plain_logprobs(cfg, params, tokens, prefilled.reshape(-1), *kinds, 1.0)
   starts = np.asarray(groups.starts).reshape(-1)
