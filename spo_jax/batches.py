@@ -228,7 +228,7 @@ def grow(
 ) -> Forest:
   """Samples the forest that the config asks for."""
   config, rollout = run.config, run.config.rollout
-  sampler = run.sampler(temperature=rollout.temperature, truncate=True)
+  sampler = run.sampler(temperature=rollout.temperature, as_rollout=True)
   if rollout.strategy != "chain":
     return strategies.grow_tree(
       sampler, params, prompts, branches=config.branches, budgets=config.budgets

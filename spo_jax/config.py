@@ -120,6 +120,10 @@ class RolloutConfig:
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
   prefill_chunk: int = 0  # tokens of each prompt that are prefilled at a time; 0: all
   ahead: bool = False  # sample the next forest during an update, by the policy before it
+  # Matrices that rollouts are decoded with: "full", in compute.dtype, or "int8": fewer bytes.
+  # Prefill and evaluation are of the policy itself.
+  weights: str = "full"
+  cache: str = "full"  # or "int8": keys and values of rollouts, with a scale a token and head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +168,9 @@ class LossConfig:
   epsilon_high: float = 0.2
   log_ratio_bound: float = 10.0
   ratio_threshold: float = 10.0  # a batch with a larger mean ratio is skipped
+  # Largest weight of a token by π_policy / π_sampler, the policy's being computed anew; 0: all
+  # weigh 1, and the sampler's log-probs are taken for the policy's.
+  importance_cap: float = 0.0
   kl_coef: float = 1e-4  # 0 leaves the reference policy out
   kl_in: str = "loss"  # or "reward", of a critic
   kl_estimator: str = "control_variate"

@@ -16,6 +16,7 @@ from spo_jax.data.prompts import parse_template
 from spo_jax.errors import UserError
 from spo_jax.models.attention import BACKENDS
 from spo_jax.models.decoder import REMATS
+from spo_jax.models.quantised import KINDS
 
 _POSITIVE = (
   "iterations",
@@ -59,6 +60,8 @@ _POSITIVE = (
 _CHOICES = {
   "rollout.strategy": ("tree", "chain", "group"),
   "rollout.probe_where": ("all", "mixed"),
+  "rollout.weights": KINDS,
+  "rollout.cache": KINDS,
   "partition.kind": ("adaptive", "fixed", "equal", "token", "response", "delimiter"),
   "advantage.kind": (
     "difference",
@@ -353,6 +356,22 @@ def _check_method(config: Config) -> None:
     "config.loss.normalization 'constant' divides by the number of trained segments, each taken "
     "for a response: it does not go with config.rollout.strategy 'chain' or segment_weights "
     "'share'",
+  )
+  _need(
+    loss.importance_cap == 0 or loss.importance_cap >= 1,
+    f"config.loss.importance_cap is {loss.importance_cap}, it must be 0 (off) or at least 1, the "
+    "weight of a token that policy and sampler find equally likely",
+  )
+  exact = (rollout.weights, rollout.cache) == ("full", "full")
+  _need(
+    exact or loss.importance_cap > 0 or loss.kind != "ppo_clip",
+    f"config.rollout.weights {rollout.weights!r} and cache {rollout.cache!r} draw from another "
+    "distribution than the policy's: set config.loss.importance_cap, 2.0 say, which corrects it",
+  )
+  _need(
+    loss.importance_cap == 0 or (loss.kind == "ppo_clip" and not config.restart),
+    "config.loss.importance_cap corrects the old log-probs of config.loss.kind 'ppo_clip': it does "
+    "not go with other kinds, nor with config.restart, which trains another policy than it sampled",
   )
   whole = has_critic or loss.kind == "dpo_positive" or loss.segment_weights == "share"
   _need(

@@ -58,7 +58,7 @@ def accuracy(
   run: Run, params: Any, records: Sequence[dict[str, Any]], *, temperature: float
 ) -> float:
   """Share of problems that one response each solves; temperature 0 is greedy."""
-  sampler = run.sampler(temperature=temperature, truncate=False)
+  sampler = run.sampler(temperature=temperature, as_rollout=False)
   config = run.config
   solved = 0.0
   for chunk, forest, leaves in respond(

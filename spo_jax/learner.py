@@ -133,6 +133,7 @@ class Learner:
       jnp.int32(used),
       critic_params=None if critic is None else critic.params,
       kl_coef=self._traced_kl_coef(),
+      params=self._policy.params if self._loss_cfg.importance_cap else None,
     )
 
   def _traced_kl_coef(self) -> jax.Array | None:

@@ -43,15 +43,15 @@ class Run:
     streams = ("params", "rollout", "eval", "warm_start")
     return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
 
-  def sampler(self, *, temperature: float, truncate: bool) -> Sampler:
-    """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
+  def sampler(self, *, temperature: float, as_rollout: bool) -> Sampler:
+    """The compiled verbs at a temperature, as rollouts are drawn or as the policy is."""
     return make_sampler(
       self.config.rollout,
       self.model,
       self.mesh,
       self.task.stop_ids,
       temperature=temperature,
-      truncate=truncate,
+      as_rollout=as_rollout,
     )
 
   def partition(self) -> Partition:
@@ -142,13 +142,17 @@ def make_sampler(
   stop_ids: tuple[int, ...],
   *,
   temperature: float,
-  truncate: bool,
+  as_rollout: bool,
 ) -> Sampler:
-  """The compiled verbs at a temperature; `truncate` applies the rollouts' top-k and top-p."""
+  """The compiled verbs at a temperature.
+
+  `as_rollout` applies the rollouts' top-k, top-p and quantisation; else the policy itself is drawn
+  from.
+  """
   sampling = SamplingConfig(
     temperature=temperature,
-    top_k=rollout.top_k if truncate else 0,
-    top_p=rollout.top_p if truncate else 1.0,
+    top_k=rollout.top_k if as_rollout else 0,
+    top_p=rollout.top_p if as_rollout else 1.0,
   )
   return Sampler(
     cfg=model,
@@ -159,6 +163,8 @@ def make_sampler(
     refill_share=rollout.refill_share,
     suffix_chunks=rollout.suffix_chunks,
     prefill_chunk=rollout.prefill_chunk,
+    weights=rollout.weights if as_rollout else "full",
+    cache=rollout.cache if as_rollout else "full",
   )
 
 

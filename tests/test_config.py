@@ -149,6 +149,7 @@ CHAIN = {"rollout.strategy": "chain"}
 DPO = GROUP | {"loss.kind": "dpo_positive", "packing.row_length": 416}
 CONSTANT = {"loss.normalization": "constant"}
 REPLAY = {"replay.max_age": 8}
+CORRECTED = {"loss.importance_cap": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +197,16 @@ REPLAY = {"replay.max_age": 8}
     (REPLAY, {"loss.normalization": "sequence"}, "it does not go with .* 'sequence'"),
     (REPLAY, {"replay.max_age": -1}, "config.replay.max_age is -1, it must be 0"),
     (REPLAY, {"replay.segments_per_question": 0}, "it must be positive"),
+    (CORRECTED, {"loss.importance_cap": 0.5}, "must be 0 .off. or at least 1"),
+    (CORRECTED, {"loss.kind": "likelihood"}, "config.loss.importance_cap corrects the old"),
+    (
+      CORRECTED | {"rollout.weights": "int8"},
+      {"loss.importance_cap": 0.0},
+      "cache 'full' draw from",
+    ),
+    (CORRECTED | {"rollout.cache": "int8"}, {"loss.importance_cap": 0.0}, "set config.loss.import"),
+    (CORRECTED, {"rollout.weights": "int4"}, "rollout.weights .* must be one of: full, int8"),
+    (CORRECTED, {"restart": True}, "config.loss.importance_cap .* nor with config.restart"),
     ({}, {"loss.kind": "dpo"}, "it must be one of: ppo_clip, likelihood, dpo_positive"),
     ({}, {"loss.normalization": "row"}, "it must be one of: token, sequence, constant"),
     ({}, {"loss.segment_weights": "leaf"}, "it must be one of: equal, share"),

@@ -119,8 +119,11 @@ def test_what_the_loss_does_not_read_is_not_packed_and_no_update_is_empty():
   assert 0 < found[True]["train/tokens"] < found[False]["train/tokens"]
 
 
-@pytest.mark.parametrize("mask, places", [(True, 16), (False, 32)])
-def test_places_for_what_the_loss_reads_change_no_update(monkeypatch, mask, places):
+CORRECTED = {"restart": False, "loss__kind": "ppo_clip", "loss__importance_cap": 2.0}
+
+
+@pytest.mark.parametrize("mask, places, loss", [(True, 16, CORRECTED), (False, 32, {})])
+def test_places_for_what_the_loss_reads_change_no_update(monkeypatch, mask, places, loss):
   rng = np.random.default_rng(6)
   unlikely = np.log(np.where(rng.random(len(FOREST.tokens)) < 0.3, 0.3, 0.99)).astype(np.float32)
   forest = FOREST._replace(logprobs=unlikely)
@@ -135,7 +138,9 @@ def test_places_for_what_the_loss_reads_change_no_update(monkeypatch, mask, plac
   monkeypatch.setattr(packing, "pack", watched)
   # One update: which rows an update has may differ.
   fields = {"loss__use_probability_mask": mask, "loss__kl_control": "fixed", "minibatches": 1}
+  fields |= loss
   found = [learner(packing__loss_length=n, **fields).update(chosen) for n in (0, 16)]
   assert [batch.targets.shape[-1] for batch in packed] == [32, places]
-  for name in ("loss", "grad_norm", "kl", "tokens", "segments", "packed_tokens"):
+  names = ("logprob_gap", "importance_weight") if loss else ()
+  for name in ("loss", "grad_norm", "kl", "tokens", "segments", "packed_tokens", *names):
     np.testing.assert_allclose(found[1][f"train/{name}"], found[0][f"train/{name}"], rtol=1e-5)

@@ -45,7 +45,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_once(folder, tmp_pat
   settings = config(27, name="game24", tokenizer=folder, template=template)
   run = make_run(settings, tmp_path, notes)
   assert run.task.stop_ids == (EOS, END_TURN)
-  assert run.sampler(temperature=1.0, truncate=False).stop_ids == (EOS, END_TURN)
+  assert run.sampler(temperature=1.0, as_rollout=False).stop_ids == (EOS, END_TURN)
   records = run.task.split("test")
   lengths = [len(template.replace("{question}", r["question"])) + 1 for r in records]  # and BOS
   assert 0 < len(records) < 136 and max(lengths) == 27

@@ -113,6 +113,12 @@ REPLAY = {
   "replay__max_age": 4,
   "replay__segments_per_question": 2,
 }
+INT8 = {
+  "rollout__segment_tokens": (4,),
+  "rollout__weights": "int8",
+  "rollout__cache": "int8",
+  "loss__importance_cap": 2.0,
+}
 SMALL = SIGNAL | {
   "rollout__slots": 16,
   "rollout__samples": 4,
@@ -126,6 +132,7 @@ SMALL = SIGNAL | {
 @pytest.mark.parametrize(
   ("module", "overrides"),
   [
+    pytest.param(spo_tree, INT8, id="tree-int8"),
     pytest.param(spo_chain, {}, id="chain"),
     pytest.param(spo_chain, POOLED, id="chain-pooled"),
     pytest.param(vineppo, {}, id="vineppo"),
@@ -144,6 +151,7 @@ def test_every_method_runs(module, overrides, tmp_path, data):
   assert lines[-1]["tokens/sampled"] > 0
   assert lines[-1]["train/skipped"] < 0.5 and lines[-1]["train/segments"] > 0
   assert ("train/explained_variance" in lines[-1]) == (module is ppo)
+  assert (lines[-1].get("train/logprob_gap", 0.0) > 0) == (overrides is INT8)
 
 
 def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):

@@ -52,6 +52,7 @@ def loss_config(**overrides) -> LossConfig:
     "epsilon_high": 0.2,
     "log_ratio_bound": 20.0,
     "ratio_threshold": 10.0,
+    "importance_cap": 0.0,
     "kl_coef": 0.5,
     "kl_in": "loss",
     "kl_estimator": "control_variate",

@@ -84,6 +84,32 @@ def ppo_clip(
   )
 
 
+def importance_weights(
+  old_logprobs: jax.Array, sampler_logprobs: jax.Array, loss_mask: jax.Array, *, cap: float
+) -> jax.Array:
+  """min(π_oldₜ / π_samplerₜ, cap): what a token weighs that another policy sampled.
+
+  The clipped ratio then tells how far the policy went from π_old, and this weight whose sample it
+  was: decoupled PPO (https://arxiv.org/abs/2110.00641), with the truncation that bounds the
+  variance where the sampler is a copy of the policy in other numerics
+  (https://openreview.net/forum?id=xsonlP8DRV).
+
+  Args:
+    old_logprobs: [B, T] float, log-probabilities under the policy before the update.
+    sampler_logprobs: [B, T] float, under what the tokens were drawn from.
+    loss_mask: [B, T] bool.
+    cap: largest weight, at least 1.
+
+  Returns:
+    [B, T] float32 without a gradient, 1 outside the mask.
+  """
+  chex.assert_rank(old_logprobs, 2)
+  chex.assert_equal_shape([old_logprobs, sampler_logprobs, loss_mask])
+  chex.assert_type([old_logprobs, sampler_logprobs, loss_mask], [float, float, bool])
+  log_ratios = jnp.where(loss_mask, old_logprobs - sampler_logprobs, 0)
+  return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratios), cap))
+
+
 def kl_loss(
   logprobs: jax.Array,
   ref_logprobs: jax.Array,

@@ -154,7 +154,7 @@ def _value(field: str, text: str) -> Any:
 
 
 def on_task(config: Config, base: Config, name: str) -> Config:
-  """A method's config with the run's data, model and lengths, and without KL.
+  """A method's config with the run's data, model and lengths, in full precision and without KL.
 
   Raises:
     UserError: if its loss has no advantages.
@@ -167,8 +167,13 @@ def on_task(config: Config, base: Config, name: str) -> Config:
   return dataclasses.replace(
     config,
     **{field: getattr(base, field) for field in shared},
-    rollout=dataclasses.replace(config.rollout, **rollout),
+    rollout=dataclasses.replace(config.rollout, **rollout, weights="full", cache="full"),
     loss=dataclasses.replace(
-      config.loss, kl_coef=0.0, kl_in="loss", forward_kl_coef=0.0, kl_control="fixed"
+      config.loss,
+      kl_coef=0.0,
+      kl_in="loss",
+      forward_kl_coef=0.0,
+      kl_control="fixed",
+      importance_cap=0.0,
     ),
   )

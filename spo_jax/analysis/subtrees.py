@@ -43,7 +43,7 @@ def child_values(
   prompts = _as_prompts(trajectories, start, run.config.rollout.max_prompt_tokens, config.seed)
   forest = strategies.grow_tree(
     dataclasses.replace(run, config=config).sampler(
-      temperature=config.rollout.temperature, truncate=True
+      temperature=config.rollout.temperature, as_rollout=True
     ),
     params,
     prompts,

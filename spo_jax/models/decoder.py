@@ -23,7 +23,6 @@ from spo_jax.infra.mesh import (
   gather_weight,
   split_channels,
   split_rows,
-  spread_shardings,
 )
 from spo_jax.models.attention import ATTENTION, AttentionSpec
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
@@ -33,6 +32,9 @@ Attend = Callable[..., tuple[jax.Array, Any]]
 
 _EMBEDDING_AXES = ("vocab", "width")
 NORM_SCALE = "scale"  # name of a norm's parameter
+# Behind the name of a weight: its scales, beside the weight where that is quantised; see
+# `decode_weights`.
+SCALES = "_scales"
 
 _DOTS = jax.checkpoint_policies.save_from_both_policies(
   jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -148,6 +150,14 @@ def pick(x_BxTxE: jax.Array, places_BxR: jax.Array) -> jax.Array:
   return jax.vmap(lambda row, places: row[places])(x_BxTxE, places_BxR)
 
 
+def rescale(product: jax.Array, scales: jax.Array | None) -> jax.Array:
+  """A product with a weight, times the scales of its channels if the weight is quantised."""
+  if scales is None:
+    return product
+  before = tuple(range(product.ndim - scales.ndim))
+  return (product * jnp.expand_dims(scales, before)).astype(product.dtype)
+
+
 class Block(nn.Module):
   """Attention and a gated feed-forward layer, each with a norm before it and a residual."""
 
@@ -159,6 +169,9 @@ class Block(nn.Module):
     init = nn.with_partitioning(fan_in_init(*fan_in_axes), axes)
     weight = self.param(name, init, shape).astype(self.cfg.dtype)
     return gather_weight(self.cfg.gather, weight, axes)
+
+  def _rescale(self, name, product):
+    return rescale(product, self.get_variable("params", name + SCALES))
 
   def _bias(self, name, shape, axes):
     init = nn.with_partitioning(nn.initializers.zeros, axes)
@@ -174,9 +187,9 @@ class Block(nn.Module):
     wk = self._weight("key", (c.width, *k_shape), ("width", "kv_heads", None))
     wv = self._weight("value", (c.width, *k_shape), ("width", "kv_heads", None))
     wo = self._weight("out", (*q_shape, c.width), ("heads", None, "width"), (0, 1))
-    q_BxTxHxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wq)
-    k_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wk)
-    v_BxTxKxDh = jnp.einsum("btd,dhk->bthk", h_BxTxD, wv)
+    q_BxTxHxDh = self._rescale("query", jnp.einsum("btd,dhk->bthk", h_BxTxD, wq))
+    k_BxTxKxDh = self._rescale("key", jnp.einsum("btd,dhk->bthk", h_BxTxD, wk))
+    v_BxTxKxDh = self._rescale("value", jnp.einsum("btd,dhk->bthk", h_BxTxD, wv))
     if c.qkv_bias:
       q_BxTxHxDh += self._bias("query_bias", q_shape, ("heads", None))
       k_BxTxKxDh += self._bias("key_bias", k_shape, ("kv_heads", None))
@@ -196,7 +209,7 @@ class Block(nn.Module):
     )
     if read_BxR is not None:  # from here on T is R
       x_BxTxD, mixed_BxTxHxDh = pick(x_BxTxD, read_BxR), pick(mixed_BxTxHxDh, read_BxR)
-    out_BxTxD = jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo)
+    out_BxTxD = self._rescale("out", jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo))
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
     x_BxTxD = x_BxTxD + out_BxTxD
@@ -205,8 +218,9 @@ class Block(nn.Module):
     gate = self._weight("gate", (c.width, c.ffn), ("width", "ffn"))
     up = self._weight("up", (c.width, c.ffn), ("width", "ffn"))
     down = self._weight("down", (c.ffn, c.width), ("ffn", "width"))
-    f_BxTxF = ACTIVATIONS[c.activation](h_BxTxD @ gate) * (h_BxTxD @ up)
-    out_BxTxD = split_rows(c.spread, f_BxTxF @ down)
+    gate_BxTxF = self._rescale("gate", h_BxTxD @ gate)
+    f_BxTxF = ACTIVATIONS[c.activation](gate_BxTxF) * self._rescale("up", h_BxTxD @ up)
+    out_BxTxD = split_rows(c.spread, self._rescale("down", f_BxTxF @ down))
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="mlp_post_norm")(out_BxTxD)
     return x_BxTxD + out_BxTxD, cache
@@ -337,25 +351,9 @@ def cast_weights(cfg: DecoderConfig, params):
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def decode_weights(cfg: DecoderConfig, params):
-  """Parameters for `cfg.for_decode()`: cast once, and where `fsdp` splits them, moved once so that
-  a step sends rows and no summands; see `infra.mesh.spread_shardings`."""
-  params = cast_weights(cfg, params)
-  if cfg.spread is None:
-    return params
-  shardings = decode_shardings(cfg)
-  decoder = {name: params[name] for name in shardings}
-  return params | jax.lax.with_sharding_constraint(decoder, shardings)
-
-
-def decode_shardings(cfg: DecoderConfig):
-  """Shardings of `decode_weights`, for a decoder that has them spread."""
-  return spread_shardings(cfg.spread, jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
-
-
 def unembedding(cfg: DecoderConfig, params) -> jax.Array:
   """The [D, V] matrix that turns hidden states into logits, in the dtype of the activations."""
-  matrix_DxV = params["embedding"].T if cfg.tie_embeddings else params["unembedding"]
+  matrix_DxV = params["unembedding"] if "unembedding" in params else params["embedding"].T
   return gather_weight(cfg.gather, matrix_DxV.astype(cfg.dtype), _EMBEDDING_AXES[::-1])
 
 
@@ -364,7 +362,7 @@ def token_logits(cfg: DecoderConfig, params, hidden: jax.Array) -> jax.Array:
   hidden = gather_rows(cfg.spread, hidden)
   logits = jnp.dot(hidden, unembedding(cfg, params), preferred_element_type=jnp.float32)
   logits = split_rows(cfg.spread, split_channels(cfg.spread, logits))
-  return soft_cap(logits, cfg.logit_cap)
+  return soft_cap(rescale(logits, params.get("unembedding" + SCALES)), cfg.logit_cap)
 
 
 def init_params(cfg: DecoderConfig, key: jax.Array):

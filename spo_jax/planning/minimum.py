@@ -25,6 +25,7 @@ REMAT_FLOPS = 8  # the same with the forward product once more, which "dots" kee
 FORWARD_FLOPS = 2  # a weight and token
 ATTENTION_FLOPS = 4  # a key and a number of a query: a product with the key, one with the value
 LOGIT_BYTES = 4  # float32 whatever the activations are
+SCALE_BYTES = 4  # of a key or a value in int8
 
 
 class Work(NamedTuple):
@@ -76,20 +77,37 @@ def decode_minimum(setup: Setup) -> float:
   """Bytes that a chip must read for a decode step at a full suffix.
 
   The weights that it holds, once; the keys and values of each group's prefix, once, and of each
-  continuation's suffix. What a window hides is not read. Logits are not counted, nor what a chip
-  sends to others.
+  continuation's suffix. What a window hides is not read. Logits are not counted, nor the scales of
+  weights, nor what a chip sends to others.
   """
   model, config = setup.model, setup.config
   _, level = decoded_levels(config)[-1]
   groups = decoded_at_once(config, level) / row_shards(setup.mesh)
-  parts = step_work(model, abstract_params(setup), groups, level.n, level.prefix, level.budget)
+  parts = step_work(
+    model,
+    abstract_params(setup),
+    groups,
+    level.n,
+    level.prefix,
+    level.budget,
+    weights=config.rollout.weights,
+    cache=config.rollout.cache,
+  )
   rows = groups * level.n
   logits = 2 * rows * model.vocab_size * LOGIT_BYTES
   return sum(work.accessed for work in parts.values()) - logits
 
 
 def step_work(
-  model: DecoderConfig, params, groups: float, n: int, prefix: int, suffix: int
+  model: DecoderConfig,
+  params,
+  groups: float,
+  n: int,
+  prefix: int,
+  suffix: int,
+  *,
+  weights: str = "full",
+  cache: str = "full",
 ) -> dict[str, Work]:
   """The least that a chip must do for a decode step, by part.
 
@@ -103,12 +121,16 @@ def step_work(
     n: continuations of a group.
     prefix: tokens of it that a continuation sees.
     suffix: tokens of its own that it sees, with the one that the step feeds.
+    weights: of `quantised.KINDS`.
+    cache: likewise.
 
   Returns:
     By part: `blocks`, their matrices; attention to `prefix` and to `suffix`; `cache write`, of keys
     and values; `unembedding`; `draw`.
   """
   number = jnp.dtype(model.dtype).itemsize
+  of_weight = 1 if weights == "int8" else number
+  of_vector = model.head_dim + SCALE_BYTES if cache == "int8" else model.head_dim * number
   rows = groups * n
   unembedding = "embedding" if model.tie_embeddings else "unembedding"
   of_blocks = _matrix_sizes({k: v for k, v in params.items() if k.startswith("block_")})
@@ -120,15 +142,15 @@ def step_work(
     in_suffix = min(suffix, window)
     seen_suffix += in_suffix
     seen_prefix += min(prefix, window - in_suffix)
-  of_token = 2 * model.kv_heads * model.head_dim * number
+  of_token = 2 * model.kv_heads * of_vector
   of_query = ATTENTION_FLOPS * model.heads * model.head_dim
   # The newest token of a suffix is written, and not read again.
   return {
-    "blocks": Work(FORWARD_FLOPS * rows * of_blocks, of_blocks * number),
+    "blocks": Work(FORWARD_FLOPS * rows * of_blocks, of_blocks * of_weight),
     "prefix": Work(rows * seen_prefix * of_query, groups * seen_prefix * of_token),
     "suffix": Work(rows * seen_suffix * of_query, rows * (seen_suffix - model.layers) * of_token),
     "cache write": Work(0, rows * model.layers * of_token),
-    "unembedding": Work(FORWARD_FLOPS * rows * of_logits, of_logits * number + logits),
+    "unembedding": Work(FORWARD_FLOPS * rows * of_logits, of_logits * of_weight + logits),
     "draw": Work(0, logits),
   }
 

@@ -5,6 +5,7 @@ supervised warm start and the greedy evaluation are left out: both are smaller t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spo_jax.config import Config
 from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
-from spo_jax.models.decoder import DecoderConfig, cast_weights, decode_shardings, init_params
+from spo_jax.models.attention import stored
+from spo_jax.models.decode_weights import decode_weights
+from spo_jax.models.decoder import DecoderConfig, init_params
 from spo_jax.run import make_sampler
 from spo_jax.sampling import stepping, verbs
 from spo_jax.sampling.sampler import Sampler, jit_decode, jit_extend, jit_prefill
@@ -131,6 +134,8 @@ def prepared_batch(setup: Setup, batch: PackedForest) -> PackedForest:
   like = lambda dtype, *more: jax.ShapeDtypeStruct(
     (*targets.shape, *more), dtype, sharding=targets.sharding
   )
+  if loss.importance_cap:
+    batch = batch._replace(sampler_logprobs=like(jnp.float32))
   if loss.forward_kl_coef:
     batch = batch._replace(ref_hidden=like(setup.model.dtype, setup.model.width))
   if setup.config.critic.trunk != "none":
@@ -159,6 +164,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
       count,
       critic_params=None if of_critic is None else of_critic.params,
       kl_coef=coef,
+      params=state.params if loss_cfg.importance_cap else None,
     ),
     beside=state if critic is None else (state, critic.opt_state),
   )
@@ -187,7 +193,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
 def sampling_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `strategies.grow_tree` or `grow_chain`, in the order in which they run."""
   rollout = setup.config.rollout
-  sampler = _sampler(setup, truncate=True)
+  sampler = _sampler(setup, as_rollout=True)
   yield _prefill(setup, sampler, "sampling", setup.config.part_prompts, rollout.max_prompt_tokens)
   for label, level in decoded_levels(setup.config):
     yield _decode(setup, sampler, "sampling", "decode" + label, level)
@@ -232,15 +238,10 @@ def decode_step(setup: Setup) -> Program:
   of the whole program no part is told.
   """
   _, level = decoded_levels(setup.config)[-1]
-  decode_cfg = _sampler(setup, truncate=True).decode_config(level.budget, level.keep_cache)
+  decode_cfg = _sampler(setup, as_rollout=True).decode_config(level.budget, level.keep_cache)
   cfg = setup.model.for_decode()
   E, ring = decoded_at_once(setup.config, level), decoded_in_ring(setup.config, level)
   sizes = [level.budget] if ring else decode_cfg.chunks()
-  params = abstract_params(setup)
-  weights = jax.eval_shape(lambda p: cast_weights(cfg, p), params)
-  shardings = jax.tree.map(lambda x: x.sharding, params)
-  if cfg.spread is not None:
-    shardings = decode_shardings(cfg)
   groups = _groups(setup, E, level.n, False)
   state = jax.eval_shape(lambda groups: stepping.enter(decode_cfg, groups), groups)
   empty = lambda size: stepping.empty_chunks(cfg, decode_cfg, E, level.n, size)
@@ -254,8 +255,8 @@ def decode_step(setup: Setup) -> Program:
     "decode step",
     "sampling",
     lambda: jax.jit(step, donate_argnums=(2, 4)).lower(
-      _placed(weights, shardings),
-      _prefix(setup, E, level.prefix),
+      _decode_weights(setup, decode_cfg.weights),
+      _prefix(setup, E, level.prefix, decode_cfg.cache),
       _in_rows(setup, state),
       full,
       chunks[-1],
@@ -263,6 +264,18 @@ def decode_step(setup: Setup) -> Program:
     ),
     beside=(),
   )
+
+
+def _decode_weights(setup: Setup, kind: str):
+  """Shapes and shardings of the weights that steps multiply."""
+  params = abstract_params(setup)
+  cfg = setup.model.for_decode()
+  make = lambda params: decode_weights(cfg, params, kind)
+  if kind == "full" and cfg.spread is None:
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+  else:  # those of the scales are the compiler's
+    shardings = jax.jit(make).lower(params).compile().output_shardings
+  return _placed(jax.eval_shape(make, params), shardings)
 
 
 def decoded_at_once(config: Config, level: Level) -> int:
@@ -279,17 +292,22 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
   """The verbs of `evaluation.respond`."""
   config, shards = setup.config, row_shards(setup.mesh)
   batch = min(config.eval.batch, -(-config.eval.prompts // shards) * shards)
-  sampler = _sampler(setup, truncate=False)
+  sampler = _sampler(setup, as_rollout=False)
   prompt = config.rollout.max_prompt_tokens
   yield _prefill(setup, sampler, "evaluation", batch, prompt)
   level = Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
   yield _decode(setup, sampler, "evaluation", "decode", level)
 
 
-def _sampler(setup: Setup, truncate: bool) -> Sampler:
+def _sampler(setup: Setup, as_rollout: bool) -> Sampler:
   rollout = setup.config.rollout
   return make_sampler(
-    rollout, setup.model, setup.mesh, STOP_IDS, temperature=rollout.temperature, truncate=truncate
+    rollout,
+    setup.model,
+    setup.mesh,
+    STOP_IDS,
+    temperature=rollout.temperature,
+    as_rollout=as_rollout,
   )
 
 
@@ -306,6 +324,7 @@ def _prefill(setup: Setup, sampler: Sampler, phase: str, rows: int, prompt: int)
       setup.model,
       row_sharding(setup.mesh),
       sampler.prefill_chunk,
+      sampler.cache,
       state.params,
       *_in_rows(setup, prompts),
     ),
@@ -316,7 +335,7 @@ def _prefill(setup: Setup, sampler: Sampler, phase: str, rows: int, prompt: int)
 def _decode(setup: Setup, sampler: Sampler, phase: str, name: str, level: Level) -> Program:
   state = abstract_state(setup)
   decode_cfg = sampler.decode_config(level.budget, level.keep_cache)
-  prefix = _prefix(setup, level.rows, level.prefix)
+  prefix = _prefix(setup, level.rows, level.prefix, decode_cfg.cache)
   return Program(
     name,
     phase,
@@ -340,7 +359,7 @@ def _extend(setup: Setup, sampler: Sampler, level: Level, label: str = "") -> Pr
     "sampling",
     lambda: jit_extend.lower(
       row_sharding(setup.mesh),
-      _prefix(setup, level.rows, level.prefix),
+      _prefix(setup, level.rows, level.prefix, decode_cfg.cache),
       _groups(setup, level.rows, level.n, level.any_rows),
       *_in_rows(setup, (jax.eval_shape(empty), index)),
     ),
@@ -352,14 +371,14 @@ def _reference(setup: Setup):
   return abstract_params(setup) if needs_reference(setup.config) else None
 
 
-def _prefix(setup: Setup, rows: int, tokens: int) -> verbs.Prefix:
+def _prefix(setup: Setup, rows: int, tokens: int, kind: str) -> verbs.Prefix:
   """Prefixes with their caches, split by rows alone."""
   model = setup.model
   keys = jax.ShapeDtypeStruct((rows, model.kv_heads, model.head_dim, tokens), model.dtype)
   values = jax.ShapeDtypeStruct((rows, model.kv_heads, tokens, model.head_dim), model.dtype)
   prefix = verbs.Prefix(
     positions=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-    cache=((keys, values),) * model.layers,
+    cache=(jax.eval_shape(functools.partial(stored, kind), keys, values),) * model.layers,
   )
   return _in_rows(setup, prefix)
 

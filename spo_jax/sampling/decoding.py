@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split
-from spo_jax.models.decoder import DecoderConfig, decode_weights
+from spo_jax.models.decode_weights import decode_weights
+from spo_jax.models.decoder import DecoderConfig
 from spo_jax.sampling.stepping import (
   DecodeConfig,
   State,
@@ -45,7 +46,7 @@ def decode(
     Segments of the Q groups, in their order.
   """
   cfg = cfg.for_decode()
-  params = decode_weights(cfg, params)
+  params = decode_weights(cfg, params, decode_cfg.weights)
   Q = len(groups.starts)
   if decode_cfg.slots >= Q:
     return _wave(cfg, decode_cfg, params, _rows_of(prefix, groups, decode_cfg.rows), groups)

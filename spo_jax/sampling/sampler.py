@@ -25,11 +25,14 @@ class Sampler:
   refill_share: float
   suffix_chunks: int
   prefill_chunk: int  # tokens of prompts that are prefilled at a time; 0: all
+  weights: str = "full"  # what steps of decode multiply, of `quantised.KINDS`
+  cache: str = "full"  # keys and values, likewise
 
   def prefill(self, params, tokens_RxP: np.ndarray, lengths_R: np.ndarray) -> verbs.Prefix:
     """See `verbs.prefill`."""
     prompts = shard_rows(self.mesh, (tokens_RxP, lengths_R))
-    return jit_prefill(self.cfg, row_sharding(self.mesh), self.prefill_chunk, params, *prompts)
+    static = (self.cfg, row_sharding(self.mesh), self.prefill_chunk, self.cache)
+    return jit_prefill(*static, params, *prompts)
 
   def decode(
     self, params, prefix, groups: verbs.Groups, *, max_new_tokens: int, keep_cache: bool
@@ -61,6 +64,8 @@ class Sampler:
       sampling=self.sampling,
       keep_cache=keep_cache,
       rows=row_sharding(self.mesh),
+      weights=self.weights,
+      cache=self.cache,
     )
 
   def extend(self, prefix, groups, segments, index_R: np.ndarray) -> verbs.Prefix:
@@ -69,10 +74,10 @@ class Sampler:
     return jit_extend(row_sharding(self.mesh), prefix, groups, segments, index_R)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def jit_prefill(cfg, rows, chunk, params, tokens_RxP, lengths_R):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def jit_prefill(cfg, rows, chunk, kind, params, tokens_RxP, lengths_R):
   """`verbs.prefill`, compiled; prefixes are split by rows."""
-  return verbs.prefill(cfg, params, tokens_RxP, lengths_R, chunk=chunk, rows=rows)
+  return verbs.prefill(cfg, params, tokens_RxP, lengths_R, chunk=chunk, kind=kind, rows=rows)
 
 
 jit_decode = functools.partial(jax.jit, static_argnums=(0, 1))(decoding.decode)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import keep_rows_split
-from spo_jax.models.attention import DecodeContext, LayerCache, attend_decode
+from spo_jax.models.attention import DecodeContext, LayerCache, attend_decode, stored
 from spo_jax.models.decoder import DecoderConfig, forward, token_logits
 from spo_jax.sampling.token import SamplingConfig, sample_token
 from spo_jax.sampling.verbs import Groups, Prefix, Segments
@@ -33,6 +33,8 @@ class DecodeConfig:
   sampling: SamplingConfig
   keep_cache: bool  # return the suffixes' keys and values, for `extend`
   rows: NamedSharding | None = None  # how groups are split over a mesh; None leaves it open
+  weights: str = "full"  # what steps multiply, of `quantised.KINDS`
+  cache: str = "full"  # keys and values, likewise; the prefix is of the same kind
 
   def chunks(self) -> list[int]:
     """Slots of each chunk of a suffix; they add up to S."""
@@ -104,6 +106,9 @@ def decode_step(
   Returns:
     (state, the last chunks).
   """
+  if "int8" in (decode_cfg.weights, decode_cfg.cache):
+    # Else the compiler turns what no step changes into floats before the loop; steps read those.
+    params, prefix, full, time = jax.lax.optimization_barrier((params, prefix, full, time))
   S = decode_cfg.max_new_tokens
   E, n = state.fed.shape
   context = decode_context(decode_cfg, prefix, state, full, last, time, ring=ring)
@@ -164,7 +169,7 @@ def decode_context(
   """What attention needs at a step; the arguments are those of `decode_step`."""
   S = decode_cfg.max_new_tokens
   slot = time % S
-  sizes = [values.shape[2] for _, values in (*full[0], last[0])]
+  sizes = [jax.tree.leaves(values)[0].shape[2] for _, values in (*full[0], last[0])]
   begins = [0, *itertools.accumulate(sizes[:-1])]
   return DecodeContext(
     visible=state.starts - 1,
@@ -195,7 +200,8 @@ def empty_segments(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n:
 def empty_chunks(cfg: DecoderConfig, decode_cfg: DecodeConfig, groups: int, n: int, size: int):
   """Per layer, keys and values of a chunk."""
   shape = (groups * n, cfg.kv_heads)
-  pair = lambda: (
+  pair = lambda: stored(
+    decode_cfg.cache,
     jnp.zeros((*shape, cfg.head_dim, size), cfg.dtype),
     jnp.zeros((*shape, size, cfg.head_dim), cfg.dtype),
   )

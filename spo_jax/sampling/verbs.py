@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from spo_jax.infra.mesh import in_turn, keep_rows_split, whole_on_each
-from spo_jax.models.attention import NOWHERE, attend_chunk, attend_prefill
+from spo_jax.models.attention import NOWHERE, attend_chunk, attend_prefill, stored
 from spo_jax.models.decoder import DecoderConfig, cast_weights, forward
 
 NO_GROUP = -1
@@ -32,7 +32,7 @@ class Prefix(NamedTuple):
   """Token sequences as keys and values."""
 
   positions: jax.Array  # [R, P] int32, of the slots' tokens in their sequences; NOWHERE: none
-  cache: tuple  # per layer (keys [R, K, Dh, P], values [R, K, P, Dh])
+  cache: tuple  # per layer (keys [R, K, Dh, P], values [R, K, P, Dh]), as `attention.stored`
 
 
 class Groups(NamedTuple):
@@ -54,7 +54,7 @@ class Segments(NamedTuple):
   finished: jax.Array  # [Q, n] bool, ended by itself (end-of-sequence), not by its limit
   first: jax.Array  # [Q] int32, slot of the group's first fed token: the slots are a ring
   # Of the fed tokens, () unless asked for. Per layer, a tuple of chunks of the S slots:
-  # (keys [Q * n, K, Dh, slots], values [Q * n, K, slots, Dh]).
+  # (keys [Q * n, K, Dh, slots], values [Q * n, K, slots, Dh]), as `attention.stored`.
   cache: tuple
 
 
@@ -65,6 +65,7 @@ def prefill(
   lengths_R: jax.Array,
   *,
   chunk: int = 0,
+  kind: str = "full",
   rows: NamedSharding | None = None,
 ) -> Prefix:
   """Runs prompts once.
@@ -75,6 +76,7 @@ def prefill(
     tokens_RxP: [R, P] int32, right-padded.
     lengths_R: [R] int32, at least 1.
     chunk: tokens of each prompt that are run at a time; 0, or P and more: all.
+    kind: of the cache, of `quantised.KINDS`.
     rows: how prefixes are split over a mesh; None leaves it open.
 
   Returns:
@@ -87,6 +89,7 @@ def prefill(
     cache = _prefill_in_chunks(cfg, params, tokens_RxP, lengths_R, chunk, rows)
   else:
     _, cache = forward(cfg, attend_prefill, params, tokens_RxP, positions_RxP)
+  cache = tuple(stored(kind, *layer) for layer in cache)
   prefix = Prefix(jnp.where(positions_RxP < lengths_R[:, None], positions_RxP, NOWHERE), cache)
   # Else the compiler splits by width over fsdp, and each of its devices holds the whole cache.
   return keep_rows_split(prefix, rows)
@@ -146,17 +149,21 @@ def extend(
   def join(layer):
     """Keys and values of a layer."""
     old, chunks = layer
-    return tuple(
-      keep_rows_split(
+
+    def along(axis):
+      return lambda old, *chunks: keep_rows_split(
         jnp.concatenate(
           [
-            whole_on_each(old[which], rows)[row_R],
-            *(whole_on_each(chunk[which], rows)[chosen_R] for chunk in chunks),
+            whole_on_each(old, rows)[row_R],
+            *(whole_on_each(chunk, rows)[chosen_R] for chunk in chunks),
           ],
           axis=axis,
         ),
         rows,
       )
+
+    return tuple(
+      jax.tree.map(along(axis), old[which], *(chunk[which] for chunk in chunks))
       for which, axis in ((0, -1), (1, -2))
     )
 

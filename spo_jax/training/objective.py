@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spo_jax.algorithms import critic, losses, preference
+from spo_jax.algorithms import critic, losses, masking, preference
 from spo_jax.models.attention import PackedContext, attend_packed
 from spo_jax.models.decoder import DecoderConfig, forward, unembedding
 from spo_jax.training.packing import PackedForest
@@ -47,6 +47,7 @@ class LossConfig:
   epsilon_high: float
   log_ratio_bound: float
   ratio_threshold: float  # a batch with a larger mean ratio is skipped
+  importance_cap: float  # bound on the weight π_old / π_sampler of a token; 0: they are the same
   kl_coef: float  # weight of the KL to the reference policy; 0 leaves it out
   kl_in: str  # "loss", or "reward" for a critic
   kl_estimator: str
@@ -62,6 +63,13 @@ class LossConfig:
   def needs_reference(self) -> bool:
     """Whether the loss reads a reference policy."""
     return bool(self.kl_coef or self.forward_kl_coef) or self.kind == "dpo_positive"
+
+
+class SamplerSums(NamedTuple):
+  """How far the sampler was from the policy: sums over the loss mask, float32 scalars."""
+
+  gap: jax.Array  # |log π_old - log π_sampler|
+  weight: jax.Array  # importance weights
 
 
 class Scale(NamedTuple):
@@ -162,6 +170,8 @@ def policy_objective(
     loss = Σ_tokens w · PPO-clip / Σ w + kl_coef Σ_tokens KL / segments
            + forward_kl_coef Σ_tokens KL(reference, policy) / tokens
 
+  A token's PPO-clip is multiplied by its importance weight, if there is an `importance_cap`; the
+  divisor is not, so the sum estimates the policy's own mean.
   with the first term's kin by `loss_cfg.kind`: -Σ w A log π ("likelihood"), or DPO-positive over
   pairs of responses. The KL is summed over a segment's tokens and averaged over segments, as in the
   reference.
@@ -206,23 +216,36 @@ def _policy_term(
   loss_cfg: LossConfig, logprobs: jax.Array, micro: PackedForest, per_unit: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
   """The first term of the loss, and what adds up to its metrics."""
+  aux, weights = {}, micro.weights
+  if loss_cfg.importance_cap:
+    importance = losses.importance_weights(
+      micro.old_logprobs, micro.sampler_logprobs, micro.loss_mask, cap=loss_cfg.importance_cap
+    )
+    weights = importance if weights is None else importance * weights
+    aux["sampler"] = _sampler_sums(importance, micro)
   sums = losses.ppo_clip(
     logprobs,
     micro.old_logprobs,
     micro.advantages,
     micro.loss_mask,
-    weights=micro.weights,
+    weights=weights,
     epsilon_low=loss_cfg.epsilon_low,
     epsilon_high=loss_cfg.epsilon_high,
     log_ratio_bound=loss_cfg.log_ratio_bound,
   )
   if loss_cfg.kind == "ppo_clip":
-    return sums.loss * per_unit, {"sums": sums}
+    return sums.loss * per_unit, aux | {"sums": sums}
   if loss_cfg.kind == "likelihood":
     nll = losses.weighted_nll(logprobs, micro.advantages, micro.loss_mask, weights=micro.weights)
     return nll * per_unit, {"sums": sums}
   pairs = _preference(loss_cfg, logprobs, micro)
   return pairs.loss * per_unit, {"sums": sums, "pairs": pairs}
+
+
+def _sampler_sums(importance: jax.Array, micro: PackedForest) -> SamplerSums:
+  gap = jnp.abs(micro.old_logprobs - micro.sampler_logprobs)
+  total = lambda x: masking.masked_sum_count(x, micro.loss_mask)[0]
+  return SamplerSums(total(gap), total(importance))
 
 
 def _kl(loss_cfg: LossConfig, logprobs: jax.Array, micro: PackedForest) -> jax.Array:

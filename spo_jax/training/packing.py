@@ -40,7 +40,7 @@ class PackedForest(NamedTuple):
   prev: np.ndarray  # int32, row index of the token that this one continues; -1 at roots and padding
   loss_mask: np.ndarray  # bool, tokens of trained segments
   advantages: np.ndarray  # float32, of the token's segment
-  old_logprobs: np.ndarray  # float32, under the sampling policy
+  old_logprobs: np.ndarray  # float32, under the sampler; see `sampler_logprobs`
   ref_logprobs: np.ndarray  # float32, under the reference policy; 0 until they are computed
   segments: np.ndarray  # [M] float32, trained segments; see `pack`
   weights: np.ndarray | None = None  # float32, of the token in the policy loss; None: all are 1
@@ -49,6 +49,8 @@ class PackedForest(NamedTuple):
   ref_hidden: np.ndarray | None = None  # [M, B, R, D], states of the reference policy at `prev`
   values: np.ndarray | None = None  # float32, of the critic, before the token
   returns: np.ndarray | None = None  # float32, the critic's targets
+  # float32, under the sampler, where `old_logprobs` are the policy's before the update; else None
+  sampler_logprobs: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

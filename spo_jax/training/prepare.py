@@ -1,5 +1,5 @@
-"""What is computed once an iteration, before any update: reference log-probs, a critic's values and
-advantages, probability mask, scaled advantages.
+"""What is computed once an iteration, before any update: log-probs of the policy and the reference,
+a critic's values and advantages, probability mask, scaled advantages.
 """
 
 import functools
@@ -11,9 +11,9 @@ from spo_jax.algorithms import masking, returns
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.training.objective import (
   LossConfig,
+  forest_logprobs,
   forest_states,
   state_values,
-  states_logprobs,
 )
 from spo_jax.training.packing import PackedForest
 
@@ -27,6 +27,7 @@ def prepare(
   micro_batches: jax.Array,
   critic_params=None,
   kl_coef: jax.Array | None = None,
+  params=None,
 ) -> PackedForest:
   """Completes a packed batch.
 
@@ -41,30 +42,33 @@ def prepare(
     micro_batches: scalar int32, micro-batches in use.
     critic_params: parameters with a value head; read if there is a critic.
     kl_coef: weight of the KL in the reward; None is the config's.
+    params: parameters of the policy; read if there is an `importance_cap`.
 
   Returns:
     The batch with `ref_logprobs`, `loss_mask` and `advantages` replaced; with `ref_hidden` for a
-    forward KL, and `values` and `returns` for a critic.
+    forward KL, and `values` and `returns` for a critic. With an `importance_cap` `old_logprobs` are
+    those of `params`, and `sampler_logprobs` what they were.
 
   Raises:
     ValueError: if `loss_cfg.scaling` is unknown.
   """
   score = functools.partial(_for_each, batch, micro_batches)
+  logprobs_of = lambda params: functools.partial(
+    forest_logprobs,
+    cfg,
+    params,
+    temperature=loss_cfg.temperature,
+    chunk=loss_cfg.logprob_chunk,
+  )
+  if loss_cfg.importance_cap:
+    sampled = batch.old_logprobs
+    batch = batch._replace(
+      old_logprobs=score(logprobs_of(params), sampled), sampler_logprobs=sampled
+    )
   if loss_cfg.needs_reference:
-    hidden = functools.partial(forest_states, cfg, ref_params)
-
-    def logprobs(micro):
-      return states_logprobs(
-        cfg,
-        ref_params,
-        hidden(micro),
-        micro.targets,
-        temperature=loss_cfg.temperature,
-        chunk=loss_cfg.logprob_chunk,
-      )
-
-    batch = batch._replace(ref_logprobs=score(logprobs, batch.ref_logprobs))
+    batch = batch._replace(ref_logprobs=score(logprobs_of(ref_params), batch.ref_logprobs))
     if loss_cfg.forward_kl_coef:
+      hidden = functools.partial(forest_states, cfg, ref_params)
       room = jnp.zeros((*batch.targets.shape, cfg.width), cfg.dtype)
       batch = batch._replace(ref_hidden=score(hidden, room))
   if loss_cfg.critic is not None:
@@ -135,9 +139,9 @@ def _mask_and_scale(loss_cfg: LossConfig, batch: PackedForest) -> PackedForest:
   segment_mask, advantages = _flat(batch.loss_mask), _flat(batch.advantages)
   mask = segment_mask
   if loss_cfg.use_probability_mask:
-    mask = masking.probability_mask(
-      _flat(batch.old_logprobs), mask, threshold=loss_cfg.probability_threshold
-    )
+    corrected = batch.sampler_logprobs is not None
+    found = batch.sampler_logprobs if corrected else batch.old_logprobs
+    mask = masking.probability_mask(_flat(found), mask, threshold=loss_cfg.probability_threshold)
   if loss_cfg.scaling == "whiten":
     advantages = masking.whiten(
       advantages, segment_mask, statistics_mask=mask, shift_mean=True, unbiased=True

@@ -161,6 +161,9 @@ def policy_gradient(
     "grad_norm": optax.tree.norm(grads),
     "tokens": tokens,
   }
+  if "sampler" in aux:
+    metrics["logprob_gap"] = aux["sampler"].gap * scale.per_token
+    metrics["importance_weight"] = aux["sampler"].weight * scale.per_token
   if "forward_kl" in aux:
     metrics["forward_kl"] = aux["forward_kl"]
   if "pairs" in aux:
@@ -217,8 +220,9 @@ def train_step(
 
   Returns:
     (state, metrics): scalars `loss`, `kl` (to the reference policy, mean a token), `policy_kl` (to
-    the sampling policy), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`; `forward_kl`
-    (mean a token), `pairs_ordered` and `pairs_lowered` (shares; see `PreferenceSums`), and those of
+    the policy of the old log-probs), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`;
+    `logprob_gap` and `importance_weight` (means a token; see `SamplerSums`), `forward_kl` (mean a
+    token), `pairs_ordered` and `pairs_lowered` (shares; see `PreferenceSums`), and those of
     `critic_step`, where there are such.
   """
   grads, metrics = policy_gradient(

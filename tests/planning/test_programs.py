@@ -48,7 +48,7 @@ PLAIN = ["prepare", "train_step"]
   ("sections", "names"),
   [
     ({"loss": {"segment_weights": "share", "kl_control": "adaptive"}}, PLAIN),
-    ({"loss": {"forward_kl_coef": 0.1}}, PLAIN),
+    ({"loss": {"forward_kl_coef": 0.1, "importance_cap": 2.0}}, PLAIN),
     ({"loss": {"kind": "dpo_positive", "kl_coef": 0.0}, "rollout": GROUP}, PLAIN),
     (CRITIC | {"critic": {"trunk": "shared"}}, PLAIN),
     (CRITIC | {"critic": {"trunk": "own"}, "loss": {"kl_in": "reward"}}, [*PLAIN, "critic_step"]),
@@ -65,7 +65,7 @@ def test_the_updates_of_every_method_are_lowered(sections, names):
 class Recorder:
   """Stands for a jitted verb: notes what it is called or lowered with."""
 
-  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding, int)
+  static = (DecoderConfig, stepping.DecodeConfig, NamedSharding, int, str)
 
   def __init__(self, name, calls, result=None):
     self.name, self.calls, self.result = name, calls, result
@@ -87,8 +87,8 @@ def pretend_verbs(setup):
     shapes = jax.eval_shape(verb, *args)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-  def prefill(cfg, rows, chunk, params, tokens, lengths):
-    verb = lambda *args: verbs.prefill(cfg, *args)
+  def prefill(cfg, rows, chunk, kind, params, tokens, lengths):
+    verb = lambda *args: verbs.prefill(cfg, *args, kind=kind)
     return shard_rows(setup.mesh, zeros(verb, params, tokens, lengths))
 
   def decode(cfg, decode_cfg, params, prefix, groups):
@@ -120,7 +120,7 @@ def calls(monkeypatch):
   return record
 
 
-def sampler_of(setup, truncate):
+def sampler_of(setup, as_rollout):
   rollout = setup.config.rollout
   return make_sampler(
     rollout,
@@ -128,12 +128,17 @@ def sampler_of(setup, truncate):
     setup.mesh,
     programs.STOP_IDS,
     temperature=rollout.temperature,
-    truncate=truncate,
+    as_rollout=as_rollout,
   )
 
 
-@pytest.mark.parametrize("strategy", ["tree", "chain", "group"])
-def test_the_verbs_are_called_as_planned(strategy, calls):
+INT8 = {"weights": "int8", "cache": "int8"}
+
+
+@pytest.mark.parametrize(
+  ("strategy", "kinds"), [("tree", {}), ("chain", {}), ("group", {}), ("tree", INT8)]
+)
+def test_the_verbs_are_called_as_planned(strategy, kinds, calls):
   setup = setup_of(
     rollout={
       "strategy": strategy,
@@ -143,8 +148,9 @@ def test_the_verbs_are_called_as_planned(strategy, calls):
       "top_k": 5,
       "prefill_chunk": 4,
     }
+    | kinds
   )
-  rollout, sampler = setup.config.rollout, sampler_of(setup, truncate=True)
+  rollout, sampler = setup.config.rollout, sampler_of(setup, as_rollout=True)
   prompts = tiny_prompts(8)
 
   def chain(params):
@@ -181,7 +187,7 @@ def test_the_verbs_of_evaluation_are_called_as_planned(calls):
   def evaluate(params):
     responses = evaluation.respond(
       Task(),
-      sampler_of(setup, truncate=False),
+      sampler_of(setup, as_rollout=False),
       params,
       [{}] * config.eval.prompts,
       jax.random.key(0),

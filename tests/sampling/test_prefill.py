@@ -77,7 +77,7 @@ def test_chunks_behind_the_longest_prompt_are_left_out(params, prompts):
 def test_a_chunk_of_a_prompt_or_more_is_the_program_of_whole_prompts(params, prompts):
   rows = row_sharding(make_mesh(1, 1, 1))
   text = lambda chunk: jit_prefill.lower(
-    CFG, rows, chunk, params, prompts.tokens, prompts.lengths
+    CFG, rows, chunk, "full", params, prompts.tokens, prompts.lengths
   ).as_text()
   assert text(P) == text(0) != text(P - 1)
 

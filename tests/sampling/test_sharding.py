@@ -1,5 +1,6 @@
 """The verbs on meshes of 8 virtual CPU devices."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,9 +9,11 @@ import pytest
 
 from spo_jax.algorithms.partition import make_partition
 from spo_jax.infra.mesh import make_mesh, shard_rows
+from spo_jax.models.decode_weights import decode_weights
 from spo_jax.sampling.sampler import jit_decode
 from spo_jax.sampling.strategies import grow_chain, grow_tree
 from spo_jax.sampling.verbs import Groups
+from tests.sampling.test_quantised import SUMMED
 from tests.tiny import shard_params, tiny_config, tiny_params, tiny_prompts, tiny_sampler
 
 CFG = tiny_config(layers=1)
@@ -56,6 +59,11 @@ def test_sharded_sampling_is_that_of_one_device(one_device, shape):
       np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
 
+  assert_split(shape, params, prefix)
+
+
+def assert_split(shape, params, prefix):
+  """Parameters by their axes, and the cache by rows and heads."""
   data, fsdp, tensor = shape
   # Two key-value heads stay whole over four tensor devices.
   kv_heads = CFG.kv_heads // tensor if CFG.kv_heads % tensor == 0 else CFG.kv_heads
@@ -99,3 +107,26 @@ def test_a_step_sends_rows_and_no_summands():
   assert (rows * n, cfg.ffn // 8) in shapes and (rows * n, cfg.vocab_size // 8) in shapes
   assert (rows * n, cfg.ffn) not in shapes and (rows * n, cfg.vocab_size) not in shapes
   assert (n, cfg.vocab_size) in shapes  # each device draws for its own rows
+
+
+def test_int8_is_split_as_floats_are():
+  found = []
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    mesh = make_mesh(*shape)
+    params = shard_params(CFG, mesh, tiny_params(CFG))
+    sampler = dataclasses.replace(tiny_sampler(CFG, mesh=mesh), weights="int8", cache="int8")
+    prompts = tiny_prompts(8)
+    prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
+    assert_split(shape, params, prefix)
+    found.append(grow_tree(sampler, params, prompts, branches=(4,), budgets=(6,)))
+  np.testing.assert_array_equal(found[1].tokens, found[0].tokens)
+  np.testing.assert_allclose(found[1].logprobs, found[0].logprobs, atol=1e-5)
+
+  ints = jax.jit(lambda params: decode_weights(CFG, params, "int8"))(params)
+  held = lambda x: x.addressable_shards[0].data.shape
+  assert ints["block_0"]["gate"].dtype == ints["unembedding"].dtype == np.int8
+  for name in SUMMED:
+    assert held(ints["block_0"][name]) == held(params["block_0"][name])
+  assert held(ints["unembedding"]) == (CFG.width // 2, CFG.vocab_size // 2)
+  assert held(ints["block_0"]["gate_scales"]) == (CFG.ffn // 2,)
+  assert held(ints["block_0"]["down_scales"]) == (CFG.width // 2,)

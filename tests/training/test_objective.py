@@ -187,6 +187,50 @@ def test_likelihood_is_weighted_by_advantage_and_does_not_read_the_sampling_poli
   assert_is(batch._replace(old_logprobs=batch.old_logprobs - 9), cfg, forest, advantages, formula)
 
 
+OLD_PARAMS = jax.tree.map(lambda x: x * 1.1, PARAMS)
+CORRECTED = PLAIN | {"importance_cap": 1.3}
+
+
+@pytest.mark.parametrize(
+  ("forest", "normalization"), [(TREE, "token"), (GROUP, "sequence")], ids=["plain", "weighted"]
+)
+def test_tokens_of_another_sampler_are_weighed_by_capped_ratios(forest, normalization):
+  forest, advantages, batch = batch_of(forest, normalization)
+  cfg = loss_config(**CORRECTED, normalization=normalization)
+  tokens, rows = plain_rows(forest, advantages)
+  old, _ = plain(OLD_PARAMS, tokens, np.zeros(rows["tokens"].shape, np.float32))
+  lengths = np.maximum(rows["loss_mask"].sum(1), 1)
+  mask, count = rows["loss_mask"], rows["loss_mask"].sum()
+  weights = np.where(mask, np.minimum(np.exp(old - rows["old_logprobs"]), 1.3), 0)
+  assert 0 < (weights == np.float32(1.3)).sum() < 0.9 * count
+
+  def formula(logprobs, rows):
+    losses = weights * surrogate(logprobs, rows | {"old_logprobs": old})
+    per_row = losses.sum(1) if normalization == "token" else losses.sum(1) / lengths
+    return per_row.sum() / (count if normalization == "token" else mask.any(1).sum())
+
+  batch = prepare(MODEL, cfg, None, batch, jnp.int32(MICRO_BATCHES), params=OLD_PARAMS)
+  assert_is(batch, cfg, forest, advantages, formula)
+  _, _, metrics = loss_and_gradient(cfg, batch)
+  gap = np.abs(np.asarray(old) - rows["old_logprobs"])[mask]
+  np.testing.assert_allclose(metrics["logprob_gap"], gap.mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics["importance_weight"], weights.sum() / count, rtol=1e-5)
+
+
+def test_tokens_of_the_policy_itself_weigh_one():
+  _, _, batch = batch_of(GROUP, "sequence")
+  cfg = loss_config(**CORRECTED, normalization="sequence")
+  score = lambda batch: prepare(
+    MODEL, cfg, None, batch, jnp.int32(MICRO_BATCHES), params=OLD_PARAMS
+  )
+  exact = batch._replace(old_logprobs=score(batch).old_logprobs)
+  loss, grads, metrics = loss_and_gradient(cfg, score(exact))
+  want, want_grads, _ = loss_and_gradient(loss_config(**PLAIN, normalization="sequence"), exact)
+  assert metrics["importance_weight"] == 1 and metrics["logprob_gap"] == 0
+  np.testing.assert_allclose(loss, want, rtol=1e-6)
+  assert_trees_close(grads, want_grads, 1e-6)
+
+
 def test_dpo_positive_compares_whole_responses():
   forest = forest_of(GROUP)
   rewards = np.arange(len(forest.parent), dtype=np.float32)

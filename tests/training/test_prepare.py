@@ -175,6 +175,35 @@ def test_advantages_of_packed_responses_are_those_of_each_alone():
     assert_tokens(getattr(got, name), want[name], rtol=1e-4, atol=1e-5)
 
 
+def test_with_importance_weights_the_kl_is_the_policys_and_the_mask_the_samplers():
+  critic = critic_config(gamma=0.9, lam=0.8)
+  fields = dict(kl_coef=9.0, kl_in="reward", use_probability_mask=True)
+  complete = lambda batch, **cap: prepare(
+    MODEL,
+    config_of(critic, **fields, **cap),
+    REF_PARAMS,
+    batch,
+    jnp.int32(MICRO_BATCHES),
+    critic_params=CRITIC_PARAMS,
+    params=PARAMS,
+  )
+  got = complete(BATCH, importance_cap=2.0)
+  tokens, _ = plain_rows()
+  policy = np.asarray(jax.jit(sequence_logprobs, static_argnums=0)(MODEL, PARAMS, tokens))
+  of_policy = {
+    int(i): policy.reshape(-1)[place]
+    for _, indices, places in responses()
+    for i, place in zip(indices, places, strict=True)
+  }
+  assert_tokens(got.old_logprobs, of_policy, atol=1e-5)
+  np.testing.assert_array_equal(got.sampler_logprobs, BATCH.old_logprobs)
+  np.testing.assert_array_equal(got.loss_mask, complete(BATCH).loss_mask)
+  want = complete(BATCH._replace(old_logprobs=got.old_logprobs))
+  assert (want.loss_mask != got.loss_mask).any()
+  np.testing.assert_allclose(got.advantages, want.advantages, rtol=1e-5, atol=1e-6)
+  assert not np.allclose(got.advantages, complete(BATCH).advantages, atol=0.1)
+
+
 def test_whitened_rewards_discounted_targets_and_the_mask_after_gae():
   critic = critic_config(gamma=0.9, lam=0.8, target="return", whiten_rewards=True)
   cfg = config_of(critic, use_probability_mask=True)

@@ -18,6 +18,7 @@ from spo_jax.models.attention.decode import (
   DecodeContext,
   LayerCache,
   attend_decode,
+  stored,
   write_chunk,
 )
 from spo_jax.models.attention.spec import ATTENTION, NOWHERE, AttentionSpec
@@ -35,6 +36,7 @@ __all__ = [
   "attend_packed",
   "attend_prefill",
   "check_backend",
+  "stored",
   "write_chunk",
 ]
 

@@ -1,7 +1,8 @@
 """Attention of shared-prefix decode.
 
 Keys are stored as [.., Dh, tokens] and values as [.., tokens, Dh]: so both products run along the
-memory, and a step adds a column of keys and a row of values.
+memory, and a step adds a column of keys and a row of values. Either may be int8, with a scale for
+each row, head and token: those of keys multiply scores, those of values the weights of the softmax.
 
 Axis letters, beside those of the decoder: R groups of n continuations, B = R * n continuations, P
 prefix slots, S suffix slots, G queries of a key-value head.
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 
 from spo_jax.models.attention.pallas_decode import merge, partial_attention
 from spo_jax.models.attention.spec import NEG_INF, NOWHERE, AttentionSpec
+from spo_jax.models.quantised import Quantised, quantise
+
+Stored = jax.Array | Quantised  # keys or values
 
 
 class DecodeContext(NamedTuple):
@@ -35,9 +39,16 @@ class DecodeContext(NamedTuple):
 class LayerCache(NamedTuple):
   """Keys and values of a layer."""
 
-  prefix: tuple[jax.Array, jax.Array]  # [R, K, Dh, P], [R, K, P, Dh]
-  full: tuple[tuple[jax.Array, jax.Array], ...]  # a chunk: [B, K, Dh, S], [B, K, S, Dh]
-  last: tuple[jax.Array, jax.Array]  # likewise, the chunk that is written
+  prefix: tuple[Stored, Stored]  # [R, K, Dh, P], [R, K, P, Dh]
+  full: tuple[tuple[Stored, Stored], ...]  # a chunk: [B, K, Dh, S], [B, K, S, Dh]
+  last: tuple[Stored, Stored]  # likewise, the chunk that is written
+
+
+def stored(kind: str, keys: jax.Array, values: jax.Array) -> tuple[Stored, Stored]:
+  """[.., K, Dh, S] keys and [.., K, S, Dh] values as a cache of a kind, of `quantised.KINDS`."""
+  if kind == "full":
+    return keys, values
+  return quantise(keys, -2), quantise(values, -1)
 
 
 def attend_decode(
@@ -46,8 +57,8 @@ def attend_decode(
   """Decode: one new token a continuation against the group's shared prefix and its own suffix.
 
   The prefix of a group is read once for all n continuations: their queries form one [n * G, Dh]
-  matrix a key-value head. "pallas" has a kernel for it, `pallas_decode.py`; every other backend
-  takes products.
+  matrix a key-value head. "pallas" has a kernel for it, `pallas_decode.py`, but not in int8;
+  every other backend takes products.
 
   Args:
     q: [B, 1, H, Dh].
@@ -64,7 +75,8 @@ def attend_decode(
   B, _, _, Dh = q.shape
   K = k.shape[2]
   last = write_chunk(cache.last, k.reshape(B, K, Dh, 1), v.reshape(B, K, 1, Dh), context)
-  attend = _by_kernel if spec.backend == "pallas" else _by_products
+  in_int8 = isinstance(last[0], Quantised)
+  attend = _by_kernel if spec.backend == "pallas" and not in_int8 else _by_products
   q_BxKxGxDh = q.reshape(B, K, -1, Dh)
   mixed = attend(q_BxKxGxDh, positions, context, cache._replace(last=last), spec)
   return mixed.astype(v.dtype).reshape(q.shape), last
@@ -103,11 +115,11 @@ def _by_products(q_BxKxGxDh, positions, context: DecodeContext, cache: LayerCach
     peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
   weights = jnp.exp(to_prefix - by_group(peak))
   total = by_continuation(weights.sum(-1, keepdims=True))
-  mixed = by_continuation(_mix("rkngp,rkpd->rkngd", weights, prefix_v))
+  mixed = by_continuation(_mix("rkngp,rkpd->rkngd", weights, prefix_v, q_BxKxGxDh.dtype))
   for scores, (_, chunk_v) in zip(to_chunks, chunks, strict=True):
     weights = jnp.exp(scores - peak)
     total = total + weights.sum(-1, keepdims=True)
-    mixed = mixed + _mix("bkgs,bksd->bkgd", weights, chunk_v)
+    mixed = mixed + _mix("bkgs,bksd->bkgd", weights, chunk_v, q_BxKxGxDh.dtype)
   return mixed / total
 
 
@@ -139,6 +151,8 @@ def _by_kernel(q_BxKxGxDh, positions, context: DecodeContext, cache: LayerCache,
 def write_chunk(chunk, k, v, context: DecodeContext):
   """The chunk with a column of keys [B, K, Dh, 1] and a row of values [B, K, 1, Dh]."""
 
+  kind = "int8" if isinstance(chunk[0], Quantised) else "full"
+
   def put(store, new, axis):
     new = new.astype(store.dtype)
     if context.writes is not None:
@@ -147,14 +161,28 @@ def write_chunk(chunk, k, v, context: DecodeContext):
       new = jnp.where(writes_B[:, None, None, None], new, old)
     return jax.lax.dynamic_update_slice_in_dim(store, new, context.slot, axis=axis)
 
-  return put(chunk[0], k, 3), put(chunk[1], v, 2)
+  keys, values = stored(kind, k, v)
+  write = lambda axis: lambda store, new: put(store, new, axis)
+  return jax.tree.map(write(3), chunk[0], keys), jax.tree.map(write(2), chunk[1], values)
 
 
-def _products(equation, queries, keys):
-  return jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
+def _products(equation, queries, keys: Stored):
+  if not isinstance(keys, Quantised):
+    return jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
+  products = _products(equation, queries, keys.ints.astype(queries.dtype))
+  return products * _of_slots(keys.scales, products)
 
 
-def _mix(equation, weights, values):
+def _mix(equation, weights, values: Stored, dtype):
+  if isinstance(values, Quantised):
+    weights = weights * _of_slots(values.scales, weights)
+    values = values.ints.astype(dtype)
   return jnp.einsum(
     equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
   )
+
+
+def _of_slots(scales, scores):
+  """Scales [.., K, 1, S] or [.., K, S, 1] as they multiply scores [.., K, ..., S]."""
+  rows, K = scales.shape[:2]
+  return scales.reshape(rows, K, *[1] * (scores.ndim - 3), -1)
