@@ -12,6 +12,7 @@ CAPTIONS = {
   "branches": "children of a node, three levels",
 }
 WIDTH, HEIGHT = 3.7, 3.6  # inches, of a panel
+TICKS = (1, 2, 5)  # of a power of ten that have a number
 LINE, CAP = 1.6, 3  # width of a line and of a bar's ends, in points
 
 
@@ -40,6 +41,8 @@ def draw(record: Mapping[str, Any], path: pathlib.Path) -> str:
 
 def fill(panel, points: list[Mapping[str, Any]]) -> None:
   """The lines of an axis, on logarithmic scales."""
+  from matplotlib.ticker import LogLocator
+
   sizes = [point["size"] for point in points]
   rates = [point["tokens_per_s"] for point in points]
   median = [rate["median"] for rate in rates]
@@ -62,5 +65,7 @@ def fill(panel, points: list[Mapping[str, Any]]) -> None:
   panel.set_yscale("log")
   panel.set_xticks(sizes, [str(size) for size in sizes])
   panel.minorticks_off()
+  panel.yaxis.set_major_locator(LogLocator(subs=TICKS))
+  panel.yaxis.set_major_formatter("{x:,.0f}")
   panel.grid(axis="y", color="0.9")
   panel.spines[["top", "right"]].set_visible(False)

@@ -158,6 +158,24 @@ def test_fully_masked_queries_are_finite(qkv, attention):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 
+def test_a_query_of_the_kernel_that_sees_all_slots_sees_no_others(monkeypatch):
+  """7 slots in blocks of 4: the last block reaches beyond the array."""
+  monkeypatch.setattr(pallas_decode, "MOST_SLOTS", 4)
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((2, 1, 3, 8), (2, 1, 8, 7), (2, 1, 7, 8))
+  )
+  all_int32 = np.iinfo(np.int32)
+  bounds = np.broadcast_to(np.array([all_int32.min, all_int32.max], np.int32), (2, 3, 2))
+  mixed, log_sum = pallas_decode.partial_attention(
+    q, k, v, np.zeros((1, 7), np.int32), bounds, PLAIN, interpret=True
+  )
+  scores = PLAIN.scale * q @ k
+  np.testing.assert_allclose(log_sum, jax.nn.logsumexp(scores, axis=-1), rtol=1e-5)
+  np.testing.assert_allclose(mixed, jax.nn.softmax(scores, axis=-1) @ v, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["blocks", "pallas"])
 @pytest.mark.parametrize("spec", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
 @pytest.mark.parametrize("sizes", [(6,), (4, 2)], ids=["ring", "chunks"])
