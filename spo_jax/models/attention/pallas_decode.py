@@ -18,10 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from spo_jax.infra.mesh import ROWS, row_shards
+from spo_jax.models.attention.pallas import LANES
 from spo_jax.models.attention.pallas_kernels import EMPTY, MOST_NUMBERS, VMEM_BYTES
 from spo_jax.models.attention.spec import NEG_INF, AttentionSpec
 
-LANES = 128
 MOST_SLOTS = 1024  # of a block; more hide no more of the memory's latency
 
 
