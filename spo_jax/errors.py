@@ -3,3 +3,7 @@
 
 class UserError(Exception):
   """A mistake that a user can fix: printed as one line, exit status 2."""
+
+
+class Stopped(Exception):
+  """A run that was asked to end and has saved: printed as one line, `stopping.STOPPED_STATUS`."""

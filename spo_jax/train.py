@@ -9,11 +9,13 @@ import numpy as np
 
 from spo_jax import rollouts
 from spo_jax.batches import Batches
+from spo_jax.errors import Stopped, UserError
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
+from spo_jax.infra import hosts, stopping
 from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.compilation import Meter
-from spo_jax.infra.metrics import MetricWriter
+from spo_jax.infra.metrics import MetricWriter, NoWriter
 from spo_jax.infra.report import write_report
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.notices import Notices
@@ -29,6 +31,10 @@ def train(run: Run) -> Any:
 
   Returns:
     Parameters of the trained policy.
+
+  Raises:
+    Stopped: if the process was asked to end; all is saved.
+    UserError: if updates have no effect, or a checkpoint cannot be read or written.
   """
   config = run.config
   batches = Batches(run)
@@ -42,13 +48,22 @@ def train(run: Run) -> Any:
     )
   counters = Counters()
   notices = Notices(run.progress.note)
-  checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
-  with MetricWriter(run.workdir) as writer, contextlib.closing(checkpoints):
-    if (latest := checkpoints.latest()) is not None:
-      arrays, record = checkpoints.restore(latest, learner.arrays())
+  keeps = buffer is not None or config.rollout.ahead
+  checkpoints = Checkpoints(
+    config.checkpoint.folder or run.workdir / "checkpoints",
+    keep=config.checkpoint.keep,
+    keep_best=config.checkpoint.keep_best,
+  )
+
+  def read(step: int):
+    waiting = checkpoints.restore_host_arrays(step) if keeps else {}
+    return (*checkpoints.restore(step, learner.arrays()), waiting)
+
+  writer = MetricWriter(run.workdir) if hosts.is_first() else NoWriter()
+  with writer, contextlib.closing(checkpoints):
+    if (newest := checkpoints.read_newest(read, run.progress.note)) is not None:
+      arrays, record, waiting = newest
       learner.load(arrays, record["learner"])
-      keeps = buffer is not None or config.rollout.ahead
-      waiting = checkpoints.restore_host_arrays(latest) if keeps else {}
       if buffer is not None:
         buffer.restore(waiting)
       batches.restore(record, waiting)
@@ -58,6 +73,7 @@ def train(run: Run) -> Any:
     else:
       writer.clear()
     clock, meter = Clock(counters.elapsed_s), Meter()
+    saved_at, unstable = time.monotonic(), 0
     if counters.iteration == 0:
       metrics = evaluate(run, learner.params, held)
       log(run, writer, counters, clock, metrics | meter.read())
@@ -78,11 +94,19 @@ def train(run: Run) -> Any:
       last = counters.iteration == config.iterations
       if last or counters.iteration % config.eval.every == 0:
         metrics |= evaluate(run, learner.params, held)
-      if last or counters.iteration == 1 or counters.iteration % config.eval.every == 0:
+      shown = last or counters.iteration == 1 or counters.iteration % config.eval.every == 0
+      if shown and hosts.is_first():
         rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
       log(run, writer, counters, clock, metrics | meter.read())
       notices.look(config, counters.iteration, forest, rewards, metrics)
-      if last or counters.iteration % config.checkpoint.every == 0:
+      unstable = unstable + 1 if metrics["train/unstable"] == 1 else 0
+      if unstable >= config.unstable_limit:
+        raise UserError(unsound(counters.iteration, unstable, metrics))
+      stop, overdue = hosts.any_of_each(
+        stopping.asked(), time.monotonic() - saved_at > config.checkpoint.every_s
+      )
+      due = last or stop or overdue or counters.iteration % config.checkpoint.every == 0
+      if due and not unstable:
         record = {
           "counters": dataclasses.asdict(counters),
           "learner": learner.record(),
@@ -90,9 +114,30 @@ def train(run: Run) -> Any:
           **batches.record(),
         }
         waiting = batches.arrays() | ({} if buffer is None else buffer.state())
-        checkpoints.save(counters.iteration, learner.arrays(), record, waiting or None)
-  run.progress.note(f"report: {write_report(run.workdir)}")
+        checkpoints.save(
+          counters.iteration,
+          learner.arrays(),
+          record,
+          waiting or None,
+          metrics.get("eval/accuracy"),
+        )
+        saved_at = time.monotonic()
+      if stop and not last:
+        checkpoints.wait()
+        raise Stopped(f"stopped after iteration {counters.iteration} of {config.iterations}")
+  if hosts.is_first():
+    run.progress.note(f"report: {write_report(run.workdir)}")
   return learner.params
+
+
+def unsound(iteration: int, count: int, metrics: dict[str, float]) -> str:
+  """What a person is told when updates have been without effect for too long."""
+  return (
+    f"no update of the last {count} iterations was sound (gradient norm "
+    f"{metrics['train/grad_norm']:.3g}, mean ratio {metrics['train/ratio']:.3g}): stopped at "
+    f"iteration {iteration}, of which nothing is saved; lower config.optimizer.learning_rate or "
+    "config.optimizer.clip_norm, in a new workdir, or look at the rollouts"
+  )
 
 
 def choose(

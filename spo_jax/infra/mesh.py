@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.errors import UserError
+from spo_jax.infra import hosts
 
 ROWS = ("data", "fsdp")  # mesh axes that the rows of batches, prefixes and caches are split over
 
@@ -83,7 +84,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 def shard_rows(mesh: Mesh, tree):
   """Puts arrays on the mesh, split over their rows."""
-  return jax.device_put(tree, row_sharding(mesh))
+  return hosts.put(tree, lambda _: row_sharding(mesh))
 
 
 def keep_rows_split(tree, rows: NamedSharding | None):
@@ -121,7 +122,7 @@ def in_turn(move: Callable[[Any], Any], trees: Sequence[Any]) -> list[Any]:
 def shard_batch(mesh: Mesh, batch):
   """Puts a batch of [M, B, ...] arrays on the mesh, split over B; arrays [M] go to every device."""
   spec = lambda x: PartitionSpec(None, ROWS) if x.ndim > 1 else PartitionSpec()
-  return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), batch)
+  return hosts.put(batch, lambda x: NamedSharding(mesh, spec(x)))
 
 
 def param_shardings(mesh: Mesh, boxed_params):

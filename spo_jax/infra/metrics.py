@@ -176,3 +176,26 @@ class MetricWriter:
 
   def __exit__(self, *_):
     self.close()
+
+
+class NoWriter:
+  """Stands for a `MetricWriter` in the processes that write nothing."""
+
+  def write(self, metrics: Mapping[str, float | int]) -> None:
+    """Does nothing."""
+
+  def position(self) -> dict[str, int | str]:
+    """Nothing; the first process's position goes into the checkpoint."""
+    return {}
+
+  def restore(self, position: Mapping[str, int | str]) -> None:
+    """Does nothing."""
+
+  def clear(self) -> None:
+    """Does nothing."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.algorithms import critic, losses, masking, preference
+from spo_jax.infra import hosts
 from spo_jax.models.attention import PackedContext, attend_packed
 from spo_jax.models.decoder import DecoderConfig, forward, unembedding
 from spo_jax.training.packing import PackedForest
@@ -129,7 +131,7 @@ def forest_logprobs(
 def with_value_head(params, mesh: Mesh):
   """Parameters with a value head of zeros: V = 0 at first, and GAE the return."""
   width = params["embedding"].shape[1]
-  head = jax.device_put(jnp.zeros(width), NamedSharding(mesh, PartitionSpec()))
+  head = hosts.put(np.zeros(width, np.float32), lambda _: NamedSharding(mesh, PartitionSpec()))
   return params | {VALUE_HEAD: head}
 
 
