@@ -1,17 +1,30 @@
 """A run small enough for tests: the real command with a tiny model and few prompts."""
 
+import hashlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 
 import jax
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
+
+def data_dir() -> str:
+  """Where all runs find their data, once one has built it: a folder of the generators' version."""
+  sources = sorted((REPOSITORY / "spo_jax" / "data").glob("*.py"))
+  version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+  return os.path.join(tempfile.gettempdir(), f"spo_jax_test_data_{version}")
+
+
 TINY = {
   "iterations": 4,
+  "data.data_dir": data_dir(),
+  "new_model.layers": 1,
   "new_model.width": 16,
   "new_model.head_dim": 8,
   "new_model.ffn": 32,
@@ -37,22 +50,29 @@ def command(config: str, workdir: pathlib.Path, **overrides) -> list[str]:
   return [*program, f"--config=configs/{config}", f"--workdir={workdir}", *flags]
 
 
-def environment() -> dict[str, str]:
-  """Variables for a child process on one CPU device, which compiles as the suite itself does."""
+def environment(devices: int = 1) -> dict[str, str]:
+  """Variables for a child process on CPU devices, which compiles as the suite itself does."""
   return os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }
 
 
-def start(config: str, workdir: pathlib.Path, **overrides) -> subprocess.Popen:
-  """Starts a tiny run in a process of its own."""
+def start(
+  config: str,
+  workdir: pathlib.Path,
+  *,
+  flags: Sequence[str] = (),
+  devices: int = 1,
+  **overrides,
+) -> subprocess.Popen:
+  """Starts a tiny run in a process of its own; `flags` are other than the config's."""
   return subprocess.Popen(
-    command(config, workdir, **overrides),
+    [*command(config, workdir, **overrides), *flags],
     cwd=REPOSITORY,
-    env=environment(),
+    env=environment(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
