@@ -250,6 +250,8 @@ class MeshConfig:
 
   data: int = -1  # -1 takes all devices that the other axes leave; so it may for one of them
   fsdp: int = 1
+  # The tokens of packed rows are split over it, for long contexts; prompts are too.
+  sequence: int = 1
   tensor: int = 1
 
 

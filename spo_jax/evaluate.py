@@ -65,7 +65,7 @@ def evaluate_model(
   Raises:
     UserError: if model, data or mesh do not fit each other.
   """
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
   check_mesh(config, row_shards(mesh))
   pretrained = find_pretrained(config.model)
   compute, device = config.compute, mesh.devices.flat[0]

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.config import Config
-from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
+from spo_jax.infra.mesh import PACKED_ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
 from spo_jax.models.attention import stored
 from spo_jax.models.decode_weights import decode_weights
@@ -107,7 +107,7 @@ def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
   J, N = T // cfg.key_block, T // cfg.query_block
 
   def array(dtype, *shape):
-    spec = PartitionSpec(None, ROWS) if len(shape) > 1 else PartitionSpec()
+    spec = PartitionSpec(None, PACKED_ROWS) if len(shape) > 1 else PartitionSpec()
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
   return PackedForest(

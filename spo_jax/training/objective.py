@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.algorithms import critic, losses, masking, preference
 from spo_jax.infra import hosts
+from spo_jax.infra.mesh import split_tokens
 from spo_jax.models.attention import PackedContext, attend_packed
 from spo_jax.models.decoder import DecoderConfig, forward, unembedding
 from spo_jax.training.packing import PackedForest
@@ -89,9 +90,8 @@ def forest_states(cfg: DecoderConfig, params, batch: PackedForest) -> jax.Array:
   """
   context = PackedContext(batch.until, batch.key_blocks)
   read = jnp.maximum(batch.prev, 0)
-  hidden_BxRxD, _ = forward(
-    cfg, attend_packed, params, batch.tokens, batch.positions, context, read_BxR=read
-  )
+  tokens, positions = (split_tokens(cfg.mesh, x) for x in (batch.tokens, batch.positions))
+  hidden_BxRxD, _ = forward(cfg, attend_packed, params, tokens, positions, context, read_BxR=read)
   return hidden_BxRxD
 
 
