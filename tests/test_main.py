@@ -8,7 +8,7 @@ import sys
 import pytest
 from absl.testing import flagsaver
 
-from spo_jax import command_line
+from spo_jax import command_line, main
 from spo_jax.command_line import USER_ERROR_STATUS, difference
 from spo_jax.config import Config
 from spo_jax.errors import UserError
@@ -35,6 +35,37 @@ def truncate_arrays(workdir):
     file.truncate(largest.stat().st_size // 2)
 
 
+def told_of(errors):
+  """The last line of what a command told, which has no traceback."""
+  *warnings, last = errors.strip().splitlines()
+  assert last.startswith("spo_jax: "), errors
+  assert not any("Traceback" in line for line in warnings), errors
+  return last
+
+
+@pytest.mark.parametrize(
+  ("config", "fields", "message"),
+  [
+    (CONFIG, {"iteratons": 3}, "config has no field 'iteratons', did you mean 'iterations'?"),
+    (CONFIG, {"loss__epsilonlow": 3}, "config.loss has no field 'epsilonlow'"),
+    (f"{CONFIG}:fillers", {}, "unknown variant 'fillers' of this config, one of: arithmetic, fill"),
+    ("none.py", {}, "there is no config file 'configs/none.py'"),
+    (CONFIG, {"rollout__prompts": 0}, "config.rollout.prompts is 0"),
+    (CONFIG, {"iterations": "many"}, "flag --config.iterations=many"),
+  ],
+)
+def test_a_config_that_is_wrong_is_told_at_once(
+  config, fields, message, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tiny_run.REPOSITORY)
+  words = tiny_run.command(config, tmp_path / "new", **fields)[2:]
+  with flagsaver.flagsaver():
+    status = command_line.run_command(words, Config, main.train_from_flags)
+  assert status == USER_ERROR_STATUS
+  assert message in told_of(capsys.readouterr().err)
+  assert not (tmp_path / "new").exists()
+
+
 def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
   truncated = tmp_path / "truncated"
   shutil.copytree(finished, truncated)
@@ -42,38 +73,24 @@ def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
   tampered = tmp_path / "tampered"
   shutil.copytree(finished, tampered)
   (tampered / "metrics.jsonl").write_text("{}\n")
-  new = tmp_path / "new"
   cases = {
-    "config has no field 'iteratons', did you mean 'iterations'?": (CONFIG, new, {"iteratons": 3}),
-    "config.loss has no field 'epsilonlow'": (CONFIG, new, {"loss__epsilonlow": 3}),
-    "unknown variant 'fillers' of this config, one of: arithmetic, filler": (
-      f"{CONFIG}:fillers",
-      new,
-      {},
-    ),
-    "there is no config file 'configs/none.py'": ("none.py", new, {}),
-    "config.rollout.prompts is 0": (CONFIG, new, {"rollout__prompts": 0}),
-    "flag --config.iterations=many": (CONFIG, new, {"iterations": "many"}),
-    "holds a run with another config (seed differs)": (CONFIG, finished, {"seed": 7}),
+    "holds a run with another config (seed differs)": (finished, {"seed": 7}),
     "split 'train[:0]' of data set 'arithmetic/plain' is empty": (
-      CONFIG,
       tmp_path / "empty",
       {"eval__split": "train[:0]"},
     ),
-    "needs 3 devices, there are 1": (CONFIG, tmp_path / "mesh", {"mesh__data": 3}),
-    "checkpoints/2 cannot be read": (CONFIG, truncated, {}),
-    "metrics.jsonl has 3 bytes but the checkpoint was made at": (CONFIG, tampered, {}),
+    "needs 3 devices, there are 1": (tmp_path / "mesh", {"mesh__data": 3}),
+    "checkpoints/2 cannot be read": (truncated, {}),
+    "metrics.jsonl has 3 bytes but the checkpoint was made at": (tampered, {}),
   }
   processes = {
-    message: tiny_run.start(config, workdir, **{"iterations": 2, **fields})
-    for message, (config, workdir, fields) in cases.items()
+    message: tiny_run.start(CONFIG, workdir, **{"iterations": 2, **fields})
+    for message, (workdir, fields) in cases.items()
   }
   for message, process in processes.items():
     _, errors = process.communicate(timeout=300)
     assert process.returncode == USER_ERROR_STATUS, errors
-    *warnings, last = errors.strip().splitlines()
-    assert last.startswith("spo_jax: ") and message in last, errors
-    assert not any("Traceback" in line for line in warnings), errors
+    assert message in told_of(errors)
 
 
 def test_a_batch_that_the_mesh_cannot_divide(tmp_path):

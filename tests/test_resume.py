@@ -10,17 +10,18 @@ from tests import tiny_run
 
 # A grader that a random policy meets often, not always: there is something to train.
 SIGNAL = {"data__grader": "tests.rewards.hostile:has_digit", "advantage__grade_unfinished": True}
+FIELDS = SIGNAL | {"rollout__branches": (2, 2), "rollout__segment_tokens": (6,)}
 
 
 def finish(workdir):
-  process = tiny_run.start("spo_tree.py", workdir, **SIGNAL)
+  process = tiny_run.start("spo_tree.py", workdir, **FIELDS)
   _, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
 
 
 def kill_when(workdir, reached):
   """Starts the run and kills it as soon as `reached()`; False if it ended before."""
-  process = tiny_run.start("spo_tree.py", workdir, **SIGNAL)
+  process = tiny_run.start("spo_tree.py", workdir, **FIELDS)
   try:
     while process.poll() is None:
       if reached():

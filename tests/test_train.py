@@ -43,12 +43,6 @@ CONTRACT = {
 SIGNAL = {"data__grader": "tests.rewards.hostile:has_digit", "advantage__grade_unfinished": True}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  """Where all runs find their data, once one has built it."""
-  return {"data__data_dir": str(tmp_path_factory.mktemp("data"))}
-
-
 def tiny_config(module, **overrides):
   config = module.get_config()
   fields = tiny_run.TINY | {name.replace("__", "."): value for name, value in overrides.items()}
@@ -64,9 +58,9 @@ def run_once(config, workdir: pathlib.Path):
 
 
 @pytest.fixture(scope="module")
-def tree_run(tmp_path_factory, data):
+def tree_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("tree")
-  config = tiny_config(spo_tree, **SIGNAL, **data)
+  config = tiny_config(spo_tree, **SIGNAL, new_model__layers=2)
   return config, workdir, run_once(config, workdir)
 
 
@@ -124,7 +118,6 @@ SMALL = SIGNAL | {
   "rollout__samples": 4,
   "rollout__max_response_tokens": 16,
   "iterations": 2,
-  "new_model__layers": 1,
   "warm_start__max_steps": 0,
 }
 
@@ -145,8 +138,8 @@ SMALL = SIGNAL | {
     pytest.param(dpo_positive, {"minibatches": 2, "epochs": 2}, id="dpo_positive"),
   ],
 )
-def test_every_method_runs(module, overrides, tmp_path, data):
-  lines = run_once(tiny_config(module, **SMALL | data | overrides), tmp_path)
+def test_every_method_runs(module, overrides, tmp_path):
+  lines = run_once(tiny_config(module, **SMALL | overrides), tmp_path)
   assert lines[-1].keys() >= CONTRACT
   assert lines[-1]["tokens/sampled"] > 0
   assert lines[-1]["train/skipped"] < 0.5 and lines[-1]["train/segments"] > 0
@@ -181,8 +174,8 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
     pytest.param(spo_tree, REPLAY | {"rollout__ahead": True}, id="replay-ahead"),
   ],
 )
-def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path, data):
-  fields = SMALL | data | overrides | {"iterations": 3, "checkpoint__every": 1}
+def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp_path):
+  fields = SMALL | overrides | {"iterations": 3, "checkpoint__every": 1}
   config = tiny_config(module, **fields)
   run_once(config, tmp_path / "whole")
   run_once(dataclasses.replace(config, iterations=1), tmp_path / "resumed")
@@ -198,8 +191,8 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
     assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new
 
 
-def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, data, monkeypatch):
-  fields = SMALL | data | REPLAY | {"rollout__ahead": True, "iterations": 3, "checkpoint__every": 1}
+def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, monkeypatch):
+  fields = SMALL | REPLAY | {"rollout__ahead": True, "iterations": 3, "checkpoint__every": 1}
   # The schedule of a longer run: the programs are those of the tests above.
   config = dataclasses.replace(tiny_config(spo_tree, **fields), iterations=2)
   sample, calls = batches.sample, []

@@ -1,17 +1,29 @@
 """A run small enough for tests: the real command with a tiny model and few prompts."""
 
+import hashlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
+
+def data_dir() -> str:
+  """Where all runs find their data, once one has built it: a folder of the generators' version."""
+  sources = sorted((REPOSITORY / "spo_jax" / "data").glob("*.py"))
+  version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+  return os.path.join(tempfile.gettempdir(), f"spo_jax_test_data_{version}")
+
+
 TINY = {
   "iterations": 4,
+  "data.data_dir": data_dir(),
+  "new_model.layers": 1,
   "new_model.width": 16,
   "new_model.head_dim": 8,
   "new_model.ffn": 32,
