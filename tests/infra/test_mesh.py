@@ -118,12 +118,26 @@ def test_arrays_are_placed_by_rows():
 
 
 def test_meshes_that_do_not_fit_are_refused_with_both_numbers():
-  assert dict(meshes.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
-  assert dict(meshes.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(meshes.make_mesh(-1, 2, 1).shape) == {
+    "data": 4,
+    "fsdp": 2,
+    "sequence": 1,
+    "tensor": 1,
+  }
+  assert dict(meshes.make_mesh(2, -1, 2).shape) == {
+    "data": 2,
+    "fsdp": 2,
+    "sequence": 1,
+    "tensor": 2,
+  }
   assert meshes.make_mesh(1, 1, 3).size == 3
-  with pytest.raises(UserError, match="data 4 x fsdp 2 x tensor 2 needs 16 devices.* are 8"):
+  with pytest.raises(
+    UserError, match="data 4 x fsdp 2 x sequence 1 x tensor 2 needs 16 devices.* are 8"
+  ):
     meshes.make_mesh(4, 2, 2)
-  with pytest.raises(UserError, match="fsdp 3, tensor 1: 3 does not divide the 8 devices"):
+  with pytest.raises(
+    UserError, match="fsdp 3, sequence 1, tensor 1: 3 does not divide the 8 devices"
+  ):
     meshes.make_mesh(-1, 3, 1)
   for wrong in ((0, 1, 1), (-1, 0, 1), (2, -1, -1), (-2, 1, 1), (-1, -2, -2)):
     with pytest.raises(UserError, match="mesh: .* must be positive"):
