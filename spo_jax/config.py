@@ -236,7 +236,7 @@ class EvalConfig:
 class CheckpointConfig:
   """Orbax checkpoints."""
 
-  folder: str = ""  # where, gs:// is understood; "" is the workdir's own
+  folder: str = ""  # where they are, gs:// is understood; "" is the workdir
   every: int = 20  # iterations; the last is kept in any case
   every_s: float = 600.0  # also as soon as so many seconds have passed since the last
   keep: int = 2  # newest

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -42,6 +43,10 @@ class Run:
     """The root key of a named stream of random numbers."""
     streams = ("params", "rollout", "eval", "warm_start")
     return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
+
+  def checkpoint_folder(self, name: str) -> str:
+    """Where checkpoints of a kind are: in `config.checkpoint.folder`, or else in the workdir."""
+    return os.path.join(self.config.checkpoint.folder or self.workdir, name)
 
   def sampler(self, *, temperature: float, as_rollout: bool) -> Sampler:
     """The compiled verbs at a temperature, as rollouts are drawn or as the policy is."""

@@ -50,7 +50,7 @@ def train(run: Run) -> Any:
   notices = Notices(run.progress.note)
   keeps = buffer is not None or config.rollout.ahead
   checkpoints = Checkpoints(
-    config.checkpoint.folder or run.workdir / "checkpoints",
+    run.checkpoint_folder("checkpoints"),
     keep=config.checkpoint.keep,
     keep_best=config.checkpoint.keep_best,
   )

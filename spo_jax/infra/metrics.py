@@ -134,11 +134,16 @@ class MetricWriter:
     self._events.add_event(event)
 
   def position(self) -> dict[str, int | str]:
-    """Where the record stands: its size and the SHA-256 of its content. Goes into a checkpoint."""
-    return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+    """Where the record stands: its size, the SHA-256 of its content, and that. Goes into a
+    checkpoint, which may outlive the disk that the record is on.
+    """
+    content = self._path.read_bytes()[: self._bytes].decode()
+    return {"bytes": self._bytes, "sha256": self._hash.hexdigest(), "content": content}
 
   def restore(self, position: Mapping[str, int | str]) -> None:
     """Cuts the record back to what it was at `position()`; the resumed run makes the rest anew.
+
+    A record that is gone, as on a new machine, is written again.
 
     Args:
       position: What `position()` returned when the checkpoint was made.
@@ -148,6 +153,9 @@ class MetricWriter:
     """
     size = int(position["bytes"])
     content = self._path.read_bytes()
+    if not content:
+      content = str(position["content"]).encode()
+      self._path.write_bytes(content)
     advice = "put the file back, or train in a new workdir"
     if len(content) < size:
       raise UserError(

@@ -78,7 +78,7 @@ def warm_start(run: Run) -> Any:
     run.task.split("train"), batch_size=cfg.batch_size, seed=config.seed
   )
   held = run.task.held_out("validation", cfg.eval_prompts)
-  checkpoints = Checkpoints(run.workdir / "warm_start", keep=1)
+  checkpoints = Checkpoints(run.checkpoint_folder("warm_start"), keep=1)
   record = {"step": 0, "done": False, "history": []}
   newest = lambda step: checkpoints.restore(step, state)
   if (found := checkpoints.read_newest(newest, run.progress.note)) is not None:
