@@ -72,8 +72,8 @@ def wait_for(condition):
     time.sleep(0.02)
 
 
-# Ends with SAVED when it is told to stop.
-PATIENT = 'trap "exit 75" TERM; touch {ready}; while true; do sleep 0.05; done'
+# Ends with SAVED when it is told to stop, and of itself where a test failed.
+PATIENT = 'trap "exit 75" TERM; touch {ready}; for _ in {{1..600}}; do sleep 0.05; done'
 
 
 def test_worker_starts_and_stops_a_run(machine):
