@@ -13,6 +13,7 @@ import yaml
 from tests.tiny_run import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
+COMMANDS = ["tpu.sh", "worker.sh", "gke.sh", "slurm.sh", "gpu.sh"]
 # What a person types has spaces, quotes and all else that shells, JSON or Kubernetes would read.
 SYSTEM = """--config.data.system=It's "so": $(X) `y` $HOME \\n & * #; {}"""
 ARGUMENTS = ["--config=configs/spo_tree.py:own", "--workdir=runs/a b", SYSTEM]
@@ -54,11 +55,16 @@ def manifest(*arguments, **variables):
   return yaml.safe_load(result.stdout)
 
 
-@pytest.mark.parametrize("script", ["tpu.sh", "worker.sh", "gke.sh", "slurm.sh", "gpu.sh"])
-def test_help_and_mistakes(script):
+@pytest.mark.parametrize("script", [*COMMANDS, "run.sh", "test.sh"])
+def test_help(script):
   for word in ("-h", "--help"):
     result = call(script, word)
     assert result.returncode == 0 and f"launch/{script} " in result.stdout
+    assert "DRY_RUN=1" in result.stdout
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_mistakes_show_usage(script):
   for words in ([], ["what"]):
     result = call(script, *words, **SLICE, **IMAGE)
     assert result.returncode == 2 and not result.stdout
@@ -162,6 +168,20 @@ def test_worker_gets_a_newer_python_where_it_is_needed(tmp_path):
   old.chmod(0o755)
   install, python, _ = dry_run("worker.sh", "setup", PATH=f"{tmp_path}:{os.environ['PATH']}")
   assert install[-1] == "uv" and python[-3:] == ["python", "install", "3.12"]
+
+
+def test_run():
+  assert dry_run("run.sh", *ARGUMENTS) == [["source", "launch/environment.sh"], ["exec", *TRAIN]]
+  _, default = dry_run("run.sh")
+  assert default[-2:] == ["--config=configs/spo_tree.py", "--workdir=runs/spo_tree"]
+  assert call("run.sh", "what").returncode == 2
+
+
+def test_test():
+  export, source, check, form, test = dry_run("test.sh", "tests/a b")
+  assert export == ["export", "EXTRAS=test"] and source == ["source", "launch/environment.sh"]
+  assert (check, form) == (["ruff", "check", "."], ["ruff", "format", "--check", "."])
+  assert test == ["exec", "python", "-m", "pytest", "--numprocesses=2", "tests/a b"]
 
 
 def test_gpu():
