@@ -109,6 +109,19 @@ def test_restore_to_the_start(tmp_path):
   assert read_metrics(tmp_path) == [line(0)]
 
 
+def test_a_record_that_is_gone_is_written_again(tmp_path):
+  with MetricWriter(tmp_path / "old") as writer:
+    for i in range(3):
+      writer.write(line(i))
+    position = json.loads(json.dumps(writer.position()))
+    writer.write(line(3))
+  with MetricWriter(tmp_path / "new") as writer:
+    writer.restore(position)
+    assert writer.position() == position
+    writer.write(line(3, later=1))
+  assert read_metrics(tmp_path / "new") == [*map(line, range(3)), line(3, later=1)]
+
+
 def test_restore_detects_tampering(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write(line(0))
