@@ -1,6 +1,8 @@
 """The command line: a user's mistake prints one clear line and exits with 2, before training."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -91,6 +93,16 @@ def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == USER_ERROR_STATUS, errors
     assert message in told_of(errors)
+
+
+def test_a_full_disk_is_told_in_one_line(monkeypatch, capsys):
+  def write():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/metrics.jsonl")
+
+  monkeypatch.setattr(command_line, "parse_flags", lambda *_: None)
+  assert command_line.run_command(["program"], Config, write) == USER_ERROR_STATUS
+  line = told_of(capsys.readouterr().err)
+  assert "runs/metrics.jsonl cannot be written: No space left on device" in line
 
 
 def test_a_batch_that_the_mesh_cannot_divide(tmp_path):

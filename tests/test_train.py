@@ -191,6 +191,18 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
     assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new
 
 
+def test_a_run_without_sound_updates_stops_and_saves_none_of_them(tmp_path):
+  fields = SMALL | {"rollout__segment_tokens": (4,), "loss__ratio_threshold": 1e-3}
+  fields |= {"unstable_limit": 2, "checkpoint__every": 1}
+  config = tiny_config(spo_tree, **fields | {"iterations": 9})
+  with pytest.raises(UserError, match="no update of the last 2 iterations was sound .gradient"):
+    run_once(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["train/unstable"] for line in lines[-2:]] == [1, 1]
+  saved = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  assert not saved & {lines[-1]["iteration"], lines[-2]["iteration"]}
+
+
 def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, monkeypatch):
   fields = SMALL | REPLAY | {"rollout__ahead": True, "iterations": 3, "checkpoint__every": 1}
   # The schedule of a longer run: the programs are those of the tests above.
