@@ -162,7 +162,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # of the file system, told by Orbax and TensorStore in their ways
-      reason = " ".join(str(error).split())[:160]
+      reason = " ".join(str(error).split())[-160:]  # what the system said comes last
       raise UserError(
         f"a checkpoint cannot be written to {self._directory}: {type(error).__name__}: {reason}; "
         "the ones before are whole, and the same command resumes from the newest"
