@@ -20,8 +20,8 @@ from spo_jax.config_check import from_config_dict
 _BEGAN = time.perf_counter()
 
 # Fields that may change when a workdir is used again: none of them changes the result of an
-# iteration.
-MAY_CHANGE = ("iterations", "checkpoint", "topology", "compilation_cache", "config_file")
+# iteration, but for the order in which another mesh adds numbers up.
+MAY_CHANGE = ("iterations", "checkpoint", "mesh", "topology", "compilation_cache", "config_file")
 
 _EXPORT = flags.DEFINE_string("export", None, "folder for the trained policy, which must not exist")
 flags.mark_flag_as_required("workdir")

@@ -18,7 +18,7 @@ DEVICES = 4
 FIELDS = FIELDS | {"mesh__data": 2, "mesh__fsdp": 2, "iterations": 3, "checkpoint__every": 10}
 
 
-def start(workdir, processes):
+def start(workdir, processes, **fields):
   """Starts a run on as many processes, each with its share of the devices."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -30,7 +30,7 @@ def start(workdir, processes):
       workdir,
       flags=[*several, f"--process_id={i}"] if processes > 1 else [],
       devices=DEVICES // processes,
-      **FIELDS,
+      **FIELDS | fields,
     )
     for i in range(processes)
   ]
@@ -43,7 +43,7 @@ def end(processes):
 
 
 def test_two_processes_stopped_and_resumed_by_one_are_as_one(tmp_path):
-  """And whichever of the processes is asked to end, all save and end."""
+  """Also on another mesh; and whichever of the processes is asked to end, all save and end."""
   (whole,) = end(start(tmp_path / "whole", 1))
   assert whole[0] == 0, whole[1]
   pair = start(tmp_path / "pair", 2)
@@ -56,7 +56,7 @@ def test_two_processes_stopped_and_resumed_by_one_are_as_one(tmp_path):
     assert status == STOPPED_STATUS, errors
     assert "the same command resumes it" in errors
   assert 2 <= lines() < 4
-  (resumed,) = end(start(tmp_path / "pair", 1))
+  (resumed,) = end(start(tmp_path / "pair", 1, mesh__data=4, mesh__fsdp=1))
   assert resumed[0] == 0, resumed[1]
   of_whole, of_pair = (
     [json.loads(line) for line in tiny_run.metrics_without_timings(tmp_path / name)]
