@@ -35,8 +35,6 @@ class Checkpoints:
       keep: newest checkpoints that are kept.
       keep_best: others that are kept, those with the best score.
     """
-    folder = epath.Path(directory)
-    self._directory = folder if "://" in str(directory) else folder.absolute()
     best = managers.BestN(
       get_metric_fn=lambda metrics: metrics[_SCORE],
       n=keep_best,
@@ -47,13 +45,15 @@ class Checkpoints:
       cleanup_tmp_directories=True,
     )
     try:
+      folder = epath.Path(directory)
+      self._directory = folder if "://" in str(directory) else folder.absolute()
       self._manager = ocp.CheckpointManager(
         self._directory, options=options, item_names=("arrays", "record", "host_arrays")
       )
-    except OSError as error:
-      raise UserError(
-        f"checkpoints cannot be kept in {self._directory}: {error.strerror or error}"
-      ) from error
+    # The last of a bucket for which a package is missing, which it names.
+    except (OSError, ImportError) as error:
+      reason = getattr(error, "strerror", None) or error
+      raise UserError(f"checkpoints cannot be kept in {directory}: {reason}") from error
 
   def latest(self) -> int | None:
     """Step of the newest whole checkpoint."""

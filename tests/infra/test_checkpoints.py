@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit or not at all."""
 
+import importlib.util
 import json
 import shutil
 
@@ -173,6 +174,13 @@ def test_if_none_can_be_read_nothing_is_moved(folder):
   assert_one_line(error.value, folder)
   checkpoints.close()
   assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_bucket_without_its_package_is_told():
+  if importlib.util.find_spec("gcsfs") is not None:
+    pytest.skip("gcsfs is installed, and would ask for the bucket")
+  with pytest.raises(UserError, match="cannot be kept in gs://bucket/run: .*install gcsfs"):
+    Checkpoints("gs://bucket/run", keep=1)
 
 
 def test_where_nothing_can_be_written_is_told(tmp_path):
