@@ -133,7 +133,8 @@ def kill_once(
   statuses, end_s = wait_all(processes, MOST_END_S)
   if statuses == [0] * len(processes):
     return None
-  known = {0, STOPPED_STATUS, -signal.SIGKILL, -signal.SIGTERM}
+  # A process whose neighbour is gone is aborted by JAX's runtime.
+  known = {0, STOPPED_STATUS, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT}
   return {
     "kind": kind,
     "statuses": statuses,

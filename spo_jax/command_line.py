@@ -17,10 +17,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from spo_jax.config_check import check_field, with_hint
-from spo_jax.errors import Stopped, UserError
+from spo_jax.errors import USER_ERROR_STATUS, Stopped, UserError
 from spo_jax.infra.stopping import STOPPED_STATUS
 
-USER_ERROR_STATUS = 2
 # Of file systems that are full, or may not be written to.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 

@@ -3,12 +3,14 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from spo_jax.errors import UserError
+from spo_jax.errors import USER_ERROR_STATUS, UserError
 from spo_jax.infra import hosts
 from spo_jax.infra.stopping import STOPPED_STATUS
 from tests import tiny_run
@@ -102,6 +104,21 @@ def test_alone_nothing_is_asked_of_others():
 )
 def test_a_cluster_is_known_by_its_variables(environment, found):
   assert hosts.in_cluster({"JAX_PLATFORMS": "cpu"} | environment) == found
+
+
+def test_a_process_whose_others_do_not_come_ends():
+  program = (
+    "from spo_jax.infra import hosts\nhosts.START_S = 2\nhosts.connect('localhost:{}', 2, 0)"
+  )
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-c", program.format(port)]
+  done = subprocess.run(
+    command, env=tiny_run.environment(), capture_output=True, text=True, timeout=60, check=False
+  )
+  assert done.returncode == USER_ERROR_STATUS
+  assert "processes did not all come within 2 s: start them all" in done.stderr
 
 
 def test_a_process_number_that_cannot_be_is_told():

@@ -11,9 +11,9 @@ import pytest
 from absl.testing import flagsaver
 
 from spo_jax import command_line, main
-from spo_jax.command_line import USER_ERROR_STATUS, difference
+from spo_jax.command_line import difference
 from spo_jax.config import Config
-from spo_jax.errors import UserError
+from spo_jax.errors import USER_ERROR_STATUS, UserError
 from tests import tiny_run
 
 CONFIG = "spo_tree.py"

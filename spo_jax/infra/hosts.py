@@ -6,10 +6,13 @@ through the mesh; a response is graded by one process, and its reward is told to
 written by the first. The runtime that connects them is JAX's own.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from spo_jax.errors import UserError
+from spo_jax.errors import USER_ERROR_STATUS, UserError
 
 T = TypeVar("T")
 
@@ -39,9 +42,11 @@ def connect(coordinator: str, processes: int, process: int) -> None:
     process: number of this one, likewise.
 
   Raises:
-    UserError: if the numbers do not fit, or the others do not come.
+    UserError: if the numbers do not fit, or the runtime cannot start. If the others do not come,
+      the process ends.
   """
-  bounds = {"initialization_timeout": START_S, "heartbeat_timeout_seconds": SILENCE_S}
+  # The runtime's own end of waiting is a crash, so ours comes before it.
+  bounds = {"initialization_timeout": 2 * START_S, "heartbeat_timeout_seconds": SILENCE_S}
   if not coordinator:
     if not in_cluster(os.environ):
       return
@@ -56,13 +61,30 @@ def connect(coordinator: str, processes: int, process: int) -> None:
       "num_processes": processes,
       "process_id": process,
     }
+  with _patience(START_S):
+    try:
+      jax.distributed.initialize(**where, **bounds)
+    except Exception as error:  # the runtime raises what its version does
+      reason = " ".join(str(error).split())[:160]
+      raise UserError(f"the run's processes did not find each other: {reason}") from error
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+  """Ends the process, with a word, if the block takes longer."""
+
+  def end() -> None:
+    line = f"spo_jax: the run's processes did not all come within {seconds:.0f} s: start them all"
+    print(line, file=sys.stderr, flush=True)
+    os._exit(USER_ERROR_STATUS)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
   try:
-    jax.distributed.initialize(**where, **bounds)
-  except Exception as error:  # the runtime raises what its version does
-    reason = " ".join(str(error).split())[:160]
-    raise UserError(
-      f"the run's processes did not find each other within {START_S} s: {reason}"
-    ) from error
+    yield
+  finally:
+    timer.cancel()
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
