@@ -13,7 +13,9 @@ from spo_jax.errors import UserError
 
 ROWS = ("data", "fsdp")  # mesh axes that the rows of batches, prefixes and caches are split over
 
-SPREAD = ("fsdp", "tensor")  # mesh axes that the weights of decode are split over
+# Mesh axes that the weights of decode are split over. `tensor` first: when rows are split over fsdp
+# again, what `tensor` alone splits are then runs of channels, and the compiler need not gather all.
+SPREAD = ("tensor", "fsdp")
 
 # Logical axis of a parameter -> mesh axis. An axis that its mesh axis does not divide stays whole.
 PARAM_RULES = {

@@ -9,6 +9,7 @@ from jax.errors import JaxRuntimeError
 
 from spo_jax.infra.topology import GIB
 from spo_jax.planning import measure
+from spo_jax.planning.collectives import Collective
 from spo_jax.planning.programs import Program
 from tests.planning.setups import setup_of, sized
 
@@ -87,3 +88,15 @@ def test_layers_are_extrapolated_along_a_line():
   assert measure._extend_line(sized(50.0), sized(30.0), (2, 4), at=10).total == 50.0
   refused = sized(50.0, compiled=False)
   assert not measure._extend_line(sized(30.0), refused, (2, 4), at=10).compiled
+
+
+def test_collectives_are_extrapolated_along_a_line():
+  """A gather of each layer, a sum of the whole, and a permute that one layer has no use for."""
+  sums = [Collective("all-reduce", 0, 1, 8.0, 8.0)]
+  one = [Collective("all-gather", 1, 1, 100.0, 300.0), *sums]
+  two = [Collective("all-gather", 1, 2, 200.0, 600.0), Collective("collective-permute", 0, 3, 6, 6)]
+  a, b = (dataclasses.replace(sized(1.0), sent=tuple(sent)) for sent in (one, two + sums))
+  found = {(c.kind, c.loops): c for c in measure._extend_line(a, b, (1, 2), at=4).sent}
+  assert found["all-gather", 1] == Collective("all-gather", 1, 4, 400.0, 1200.0)
+  assert found["all-reduce", 0] == sums[0]
+  assert found["collective-permute", 0].count == 9
