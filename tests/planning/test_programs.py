@@ -210,7 +210,7 @@ def test_without_a_kl_term_no_reference_policy_lies_beside_a_program():
 
 
 def test_a_step_does_not_gather_the_logits():
-  """Of 8 chips each has an eighth of the vocabulary for all rows; it wants half of it for its own."""
+  """Each of 8 chips has an eighth of the vocabulary for all rows, and wants half for its own."""
   vocab = 1024
   mesh = make_mesh(1, 4, 2)
   model = tiny_config(layers=1, vocab_size=vocab, ffn=32)
