@@ -32,6 +32,10 @@ _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _ONE_CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLEES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+# A loop that counts from 0, as those of JAX do, says its number of turns here.
+_LIMIT = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _FIRST_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUP_SIZES = re.compile(r"replica_groups=\[\d+,(\d+)\]")
@@ -66,7 +70,38 @@ class _Sent(NamedTuple):
 class _Call(NamedTuple):
   computation: str
   fused: bool
-  turns: int | None  # None: not in a loop; 1 also where the number of turns is not stated
+  loop: bool
+  turns: int | None  # that a loop says it has
+  condition: str  # of a loop
+
+
+class _Computation:
+  """What a computation sends and calls, and up to where it counts if it is a loop's condition."""
+
+  def __init__(self):
+    self.sent: list[_Sent] = []
+    self.calls: list[_Call] = []
+    self.constants: dict[str, int] = {}
+    self.limit: int | None = None
+
+  def read(self, line: str, chips: int) -> None:
+    """Takes in an instruction."""
+    found = _INSTRUCTION.match(_NOTE.sub("", _LAYOUT.sub("", line)))
+    if not found:
+      return
+    shapes, name = found.groups()
+    kind = name.removesuffix("-start")
+    if kind in _RECEIVED:
+      size = _size(_elements(shapes)[1] if name in _OPERAND_FIRST else shapes)
+      received = size * _RECEIVED[kind](_group_size(line, chips))
+      channel = _CHANNEL.search(line)
+      self.sent.append(_Sent(kind, received, channel[1] if channel else ""))
+    elif not name.endswith(("-done", "-update")):
+      self.calls.extend(_calls(name, line))
+    if constant := _CONSTANT.search(line):
+      self.constants[constant[1]] = int(constant[2])
+    if limit := _LIMIT.search(line):
+      self.limit = self.constants.get(limit[1])
 
 
 def collectives(text: str) -> list[Collective]:
@@ -88,8 +123,7 @@ def collectives(text: str) -> list[Collective]:
 
   def walk(name: str, fused: bool, seen: set[str], loops: int, turns: int) -> None:
     """`seen` are channels of fusions in this turn of the loop."""
-    sent, calls = computations[name]
-    for kind, received, channel in sent:
+    for kind, received, channel in computations[name].sent:
       if not (fused and channel and channel in seen):
         found = sums[kind, loops]
         found[0] += 1
@@ -97,45 +131,44 @@ def collectives(text: str) -> list[Collective]:
         found[2] += received * turns
       if fused:
         seen.add(channel)
-    for call in calls:
-      if call.turns is None:
-        walk(call.computation, fused or call.fused, seen, loops, turns)
+    for call in computations[name].calls:
+      if call.loop:
+        stated = call.turns or computations[call.condition].limit or 1
+        walk(call.computation, False, set(), loops + 1, turns * stated)
       else:
-        walk(call.computation, False, set(), loops + 1, turns * call.turns)
+        walk(call.computation, fused or call.fused, seen, loops, turns)
 
   walk(entry, False, set(), 0, 1)
   found = [Collective(kind, loops, *values) for (kind, loops), values in sums.items()]
   return sorted(found, key=lambda one: -one.received_in_stated_turns)
 
 
-def _parse(text: str) -> tuple[dict[str, tuple[list[_Sent], list[_Call]]], str]:
-  """What each computation sends and calls, and the name of the first one that runs."""
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+  """The computations by name, and the name of the first one that runs."""
   computations, entry, current = {}, "", None
   chips = max(map(int, _CHIPS.findall(text[: text.find("\n")])), default=1)
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
-      current = computations[header[2]] = ([], [])
+      current = computations[header[2]] = _Computation()
       entry = header[2] if header[1] else entry
-    elif found := _INSTRUCTION.match(_NOTE.sub("", _LAYOUT.sub("", line))):
-      shapes, name = found.groups()
-      kind = name.removesuffix("-start")
-      if kind in _RECEIVED:
-        size = _size(_elements(shapes)[1] if name in _OPERAND_FIRST else shapes)
-        received = size * _RECEIVED[kind](_group_size(line, chips))
-        channel = _CHANNEL.search(line)
-        current[0].append(_Sent(kind, received, channel[1] if channel else ""))
-      elif not name.endswith(("-done", "-update")):
-        current[1].extend(_calls(name, line))
+    elif current:
+      current.read(line, chips)
   return computations, entry
 
 
 def _calls(name: str, line: str) -> Iterator[_Call]:
-  stated = _TURNS.search(line)
-  turns = (int(stated[1]) if stated else 1) if name == "while" else None
+  stated, condition = _TURNS.search(line), _CONDITION.search(line)
   callees = _ONE_CALLEE.findall(line)
   for several in _CALLEES.findall(line):
     callees += [callee.strip().removeprefix("%") for callee in several.split(",")]
-  return (_Call(callee, name == "fusion", turns) for callee in callees)
+  for callee in callees:
+    yield _Call(
+      callee,
+      name == "fusion",
+      name == "while",
+      int(stated[1]) if stated else None,
+      condition[1] if condition else "",
+    )
 
 
 def _group_size(line: str, chips: int) -> int:

@@ -135,3 +135,16 @@ def test_nothing_is_compiled_anew_for_a_value_that_is_all_there_is():
   now = sized(100)
   entry = plan.find_largest("rollout.slots", pytest.fail, now, 16, 8, chip_bytes=1000, most=8)
   assert entry.value == 8 and entry.all_there_is and entry.total == 100
+
+
+def test_layers_that_are_a_loop_are_compiled_whole(monkeypatch):
+  """Of 5 layers: updates with all of them, the others with 1 and 2."""
+  model = dataclasses.replace(MODEL, layers=5, scan_layers=True)
+  monkeypatch.setattr(plan, "planned_decoder", lambda config: model)
+  monkeypatch.setattr(measure, "measure", lambda program: sized(1.0, program.phase, program.name))
+  notes = []
+  plan.make_plan(CONFIG, open_topology("cpu:8", 1.0), (1, 2), False, notes.append)
+  layers = {note.split()[1].split("/")[0]: set() for note in notes}
+  for note in notes:
+    layers[note.split()[1].split("/")[0]].add(note.split(", ")[1].split()[0])
+  assert layers == {"update": {"5"}, "sampling": {"1", "2"}, "evaluation": {"1", "2"}}
