@@ -145,6 +145,14 @@ class Shares:
   train: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What may lie on a chip."""
+
+  state: float  # share of its memory
+  caches: float  # share of what the state leaves
+
+
 def on_chip(chip: Chip, flops: float, accessed: float) -> float:
   """Seconds of a chip's own work."""
   return max(flops / chip.flops, accessed / chip.memory_rate)
@@ -257,20 +265,20 @@ def phases(model: Decoder, machine: Machine, work: Work, shares: Shares) -> dict
   }
 
 
-def room(model: Decoder, machine: Machine) -> float:
-  """Bytes that parameters, moments and the reference policy, in float32, leave of a chip."""
-  return machine.chip.memory - 4 * FLOAT * model.parameters / machine.fsdp
+def state_bytes(model: Decoder, machine: Machine) -> float:
+  """Parameters, two moments and the reference policy of a chip, in float32."""
+  return 4 * FLOAT * model.parameters / machine.fsdp
 
 
 def most_slots(model: Decoder, machine: Machine, work: Work, share: float) -> int:
-  """Groups of the last level whose caches a share of the chips' room holds at a time.
+  """Groups of the last level whose caches a share of what the state leaves holds at a time.
 
   A group has its prefix twice, where it was made and where it is decoded.
   """
   groups, n, prefix, budget = work.levels()[-1]
   of_group = (2 * prefix + n * budget) * model.token_bytes
-  of_chip = math.floor(share * room(model, machine) / of_group)
-  return min(groups, max(0, of_chip) * machine.chips)
+  room = share * (machine.chip.memory - state_bytes(model, machine))
+  return min(groups, max(0, math.floor(room / of_group)) * machine.chips)
 
 
 def suited(
@@ -278,7 +286,7 @@ def suited(
   machine: Machine,
   work: Work,
   shares: Shares,
-  cache_share: float,
+  limits: Limits,
   packed: dict[int, float],
 ) -> tuple[Machine, Work]:
   """The mesh, slots and length of rows with which an iteration is shortest.
@@ -291,14 +299,15 @@ def suited(
     machine: the chips, in any mesh.
     work: an iteration, with any slots and rows.
     shares: that are reached.
-    cache_share: see `most_slots`.
+    limits: of memory.
     packed: `row_tokens` by `row_length`.
   """
   found = []
   for fsdp in (2**k for k in range(machine.chips.bit_length())):
     mesh = dataclasses.replace(machine, fsdp=fsdp)
-    slots = most_slots(model, mesh, work, cache_share)
-    if slots and machine.chips % fsdp == 0:
+    slots = most_slots(model, mesh, work, limits.caches)
+    state_fits = state_bytes(model, mesh) <= limits.state * mesh.chip.memory
+    if slots and state_fits and machine.chips % fsdp == 0:
       rows = [
         dataclasses.replace(work, slots=slots, row_length=length, row_tokens=tokens)
         for length, tokens in packed.items()

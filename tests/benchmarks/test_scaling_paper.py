@@ -132,3 +132,17 @@ def test_the_document_has_the_tables(capsys):
   assert len(printed) > 20
   missing = [line for line in printed if line not in document.splitlines()]
   assert not missing, f"run python -m benchmarks.scaling_paper again: {missing[0]}"
+
+
+def test_what_suits_a_machine_is_the_shortest_that_fits():
+  shares = paper.measured_shares()
+  for machine in paper.MACHINES:
+    mesh, work = paper.on_machine(machine, shares)
+    held = rooflines.state_bytes(paper.POLICY, mesh)
+    room = (machine.chip.memory - held) * machine.chips * paper.LIMITS.caches
+    groups, n, prefix, budget = work.levels()[-1]
+    assert held <= paper.LIMITS.state * machine.chip.memory
+    assert work.slots * (2 * prefix + n * budget) * paper.POLICY.token_bytes <= room
+    took = sum(rooflines.phases(paper.POLICY, mesh, work, shares).values())
+    usual = paper.on_mesh(machine, paper.MATH)
+    assert took <= sum(rooflines.phases(paper.POLICY, machine, usual, shares).values())
