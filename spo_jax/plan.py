@@ -94,7 +94,7 @@ def make_plan(
   Args:
     config: the run.
     topology: the machine.
-    layers: see `measure_all`; updates whose layers are a loop are compiled with all of them.
+    layers: see `measure_all`.
     look_for_largest: also look for the largest micro-batch and the most slots.
     note: tells the user a line.
     with_costs: also compare costs with their minimum, see `planning/minimum.py`.
@@ -120,12 +120,7 @@ def make_plan(
   nothing = report.Plan(setup, topology, layers, [], [])
   if not nothing.state_fits:
     return nothing
-
-  def compile_(setup: programs.Setup, kind, only: str | None = None) -> list[Measured]:
-    # A loop over the layers compiles as fast with all of them.
-    whole = kind is programs.update_programs and model.scan_layers
-    return measure_all(setup, kind, () if whole else layers, note, only)
-
+  compile_ = lambda setup, kind, only=None: measure_all(setup, kind, layers, note, only)
   update = compile_(setup, programs.update_programs)
   sampling = compile_(setup, programs.sampling_programs)
   evaluation = compile_(setup, programs.evaluation_programs)

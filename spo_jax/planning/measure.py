@@ -117,25 +117,38 @@ def measure_all(
     setup: the run.
     programs: one of the generators of `programs.py`.
     layers: () compiles the model; two numbers compile it with so many layers each, and the sizes
-      are the line through the two, at the model's own number.
+      are the line through the two, at the model's own number. Of some programs the model itself is
+      compiled in any case, see `Program.whole`.
     note: tells the user a line.
     only: the name of the one program that is wanted.
   """
-  found = []
-  for count in layers or (setup.model.layers,):
-    part = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=count))
-    found.append([])
-    for program in programs(part):
-      if only in (None, program.name):
-        result = measure(program)
-        note(
-          f"compiled {result.phase}/{result.name}, {count} layers: {result.seconds:.0f} s, "
-          f"{result.total / GIB:.2f} GiB at once"
-        )
-        found[-1].append(result)
-  if not layers:
-    return found[0]
-  return [_extend_line(*pair, layers, setup.model.layers) for pair in zip(*found, strict=True)]
+  wanted = lambda count: [
+    program for program in programs(_with_layers(setup, count)) if only in (None, program.name)
+  ]
+
+  def compiled(program: Program, count: int) -> Measured:
+    result = measure(program)
+    note(
+      f"compiled {result.phase}/{result.name}, {count} layers: {result.seconds:.0f} s, "
+      f"{result.total / GIB:.2f} GiB at once"
+    )
+    return result
+
+  every = setup.model.layers
+  ends = [
+    {program.name: compiled(program, count) for program in wanted(count) if not program.whole}
+    for count in layers
+  ]
+  return [
+    compiled(program, every)
+    if program.whole or not layers
+    else _extend_line(*(end[program.name] for end in ends), layers, every)
+    for program in wanted(every)
+  ]
+
+
+def _with_layers(setup: Setup, count: int) -> Setup:
+  return dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=count))
 
 
 def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> Measured:

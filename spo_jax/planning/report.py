@@ -126,8 +126,9 @@ def lines(plan: Plan) -> list[str]:
   ]
   if plan.layers:
     a, b = plan.layers
-    but = ", but for those of updates" if setup.model.scan_layers else ""
-    out.append(f"sizes are on the line through compilations with {a} and {b} layers{but}")
+    whole = "updates and extend" if setup.model.scan_layers else "extend"
+    line = f"sizes are on the line through compilations with {a} and {b} layers"
+    out.append(f"{line}, but for {whole}, compiled with all")
   state = plan.state()
   parts = ", ".join(f"{part} {size(count)}" for part, count in state.items())
   out += ["", f"state: {parts}; {size(sum(state.values()))} {name} a chip", ""]

@@ -62,7 +62,7 @@ def test_what_the_compiler_says_of_memory_is_read():
 
 
 def test_two_numbers_of_layers_tell_of_the_models_own():
-  """Programs whose arguments are 10 floats, and 25 for each layer."""
+  """Programs whose arguments are 10 floats, and 25 for each layer; a whole one is compiled once."""
   setup = setup_of()
   setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=7))
   notes, layers = [], []
@@ -75,11 +75,14 @@ def test_two_numbers_of_layers_tell_of_the_models_own():
 
   found = measure.measure_all(setup, programs, (1, 3), notes.append)
   assert [(p.name, p.arguments) for p in found] == [("decode", 740), ("extend", 740)]
-  assert layers == [1, 3]
+  assert layers == [1, 3, 7]  # of the 7 no program is compiled
   assert len(notes) == 4 and notes[0].startswith("compiled sampling/decode, 1 layers")
   (alone,) = measure.measure_all(setup, programs, (), notes.append, only="extend")
   assert (alone.name, alone.arguments) == ("extend", 740)
   assert len(notes) == 5 and notes[4].startswith("compiled sampling/extend, 7 layers")
+  whole = lambda part: (dataclasses.replace(p, whole=True) for p in programs(part))
+  (alone,) = measure.measure_all(setup, whole, (1, 3), notes.append, only="extend")
+  assert alone.arguments == 740 and len(notes) == 6 and "7 layers" in notes[5]
 
 
 def test_layers_are_extrapolated_along_a_line():

@@ -91,10 +91,10 @@ def test_sizes_on_a_line_are_said_to_be():
   plan = dataclasses.replace(plan, layers=(2, 4))
   assert report.as_json(plan)["layers_compiled"] == [2, 4]
   line = "sizes are on the line through compilations with 2 and 4 layers"
-  assert line in report.lines(plan)
+  assert line + ", but for extend, compiled with all" in report.lines(plan)
   scanned = dataclasses.replace(plan.setup.model, scan_layers=True)
   plan = dataclasses.replace(plan, setup=dataclasses.replace(plan.setup, model=scanned))
-  assert line + ", but for those of updates" in report.lines(plan)
+  assert line + ", but for updates and extend, compiled with all" in report.lines(plan)
 
 
 def test_parameters_are_grouped_over_layers():
