@@ -141,10 +141,10 @@ EXPERIMENTS = {
     tree_segment=66,
   ),
 }
-# Beyond the paper: 7 billion parameters and 32K tokens, on 256 chips of v5e or 64 of v5p, for trees of
-# 4 x 4. Each of 64 parts of the mesh has a prompt, a row, and one node whose children are decoded.
-# `extend` gathers the caches of a layer on each chip: from segments of 15872 tokens it takes 16.3 GiB
-# of v5e's 15.75, and more from 6 branches or from prompts for 256 parts.
+# Beyond the paper: 7 billion parameters and 32K tokens, on 256 chips of v5e or 64 of v5p, for trees
+# of 4 x 4. Each of 64 parts of the mesh has a prompt, a row, and one node whose children are
+# decoded. `extend` gathers the caches of a layer on each chip: from segments of 15872 tokens it
+# takes 16.3 GiB of v5e's 15.75, and more from 6 branches or from prompts for 256 parts.
 R1_MATH_32K = _change(
   R1_MATH,
   model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
