@@ -20,7 +20,9 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp", "sequence")
 PACKED_ROWS = ("data", "fsdp")
 
-SPREAD = ("fsdp", "tensor")  # mesh axes that the weights of decode are split over
+# Mesh axes that the weights of decode are split over. `tensor` first: when rows are split over fsdp
+# again, what `tensor` alone splits are then runs of channels, and the compiler need not gather all.
+SPREAD = ("tensor", "fsdp")
 _BESIDE_SPREAD = ("data", "sequence")
 
 # Logical axis of a parameter -> mesh axis. An axis that its mesh axis does not divide stays whole.

@@ -292,7 +292,7 @@ class Decoder(nn.Module):
       (states, list of the caches of the layers that have run).
     """
     c = self.cfg
-    kinds = c.layer_kinds
+    kinds = _period(c.layer_kinds)
     turns = most // len(kinds)
     if turns < 2:
       return x_BxTxD, []
@@ -316,6 +316,12 @@ class Decoder(nn.Module):
     x_BxTxD, caches = jax.lax.scan(turn, x_BxTxD, stacked)
     of_turn = lambda i: [jax.tree.map(lambda x: x[i], cache) for cache in caches]
     return x_BxTxD, [cache for i in range(turns) for cache in of_turn(i)]
+
+
+def _period(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+  """The shortest beginning that all of it repeats."""
+  repeats = lambda size: all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+  return kinds[: next(size for size in range(1, len(kinds) + 1) if repeats(size))]
 
 
 def block_name(layer: int) -> str:
