@@ -100,7 +100,9 @@ def test_a_batch_that_the_mesh_cannot_divide(tmp_path):
     command, cwd=tiny_run.REPOSITORY, env=environment, capture_output=True, text=True, check=False
   )
   assert result.returncode == USER_ERROR_STATUS
-  line = "config.rollout.prompts 6 cannot be divided over the mesh, whose data x fsdp x sequence axes"
+  line = (
+    "config.rollout.prompts 6 cannot be divided over the mesh, whose data x fsdp x sequence axes"
+  )
   assert line in result.stderr
 
 
