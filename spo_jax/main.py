@@ -21,7 +21,7 @@ _BEGAN = time.perf_counter()
 
 # Fields that may change when a workdir is used again: none of them changes the result of an
 # iteration.
-MAY_CHANGE = ("iterations", "checkpoint", "topology", "compilation_cache", "config_file")
+MAY_CHANGE = ("iterations", "checkpoint", "topology", "compilation_cache", "wandb", "config_file")
 
 _EXPORT = flags.DEFINE_string("export", None, "folder for the trained policy, which must not exist")
 flags.mark_flag_as_required("workdir")

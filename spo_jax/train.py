@@ -17,6 +17,7 @@ from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.compilation import Meter
 from spo_jax.infra.metrics import MetricWriter, NoWriter
 from spo_jax.infra.report import write_report
+from spo_jax.infra.sinks import open_sinks
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.notices import Notices
 from spo_jax.run import Run
@@ -34,9 +35,13 @@ def train(run: Run) -> Any:
 
   Raises:
     Stopped: if the process was asked to end; all is saved.
-    UserError: if updates have no effect, or a checkpoint cannot be read or written.
+    UserError: if updates have no effect, a checkpoint cannot be read or written, or Weights &
+      Biases is asked for and cannot be used.
   """
   config = run.config
+  sinks = hosts.first_then_all(
+    lambda: open_sinks(run.workdir, config.wandb) if hosts.is_first() else []
+  )
   batches = Batches(run)
   held = run.task.held_out(config.eval.split, config.eval.prompts)
   learner = Learner(run, warm_start(run))
@@ -59,7 +64,7 @@ def train(run: Run) -> Any:
     waiting = checkpoints.restore_host_arrays(step) if keeps else {}
     return (*checkpoints.restore(step, learner.arrays()), waiting)
 
-  writer = MetricWriter(run.workdir) if hosts.is_first() else NoWriter()
+  writer = MetricWriter(run.workdir, sinks) if hosts.is_first() else NoWriter()
   with writer, contextlib.closing(checkpoints):
     if (newest := checkpoints.read_newest(read, run.progress.note)) is not None:
       arrays, record, waiting = newest
