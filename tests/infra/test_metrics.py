@@ -101,13 +101,14 @@ def test_restore_cuts_exactly(tmp_path):
 
 
 def test_restore_to_the_start(tmp_path):
-  with MetricWriter(tmp_path) as writer:
+  with MetricWriter(tmp_path, [TensorBoard(tmp_path)]) as writer:
     start = writer.position()
-    writer.write(line(0))
+    writer.write({"iteration": 0, "train/loss": 5.0})
     writer.restore(start)
     assert content(tmp_path) == b""
     writer.write(line(0))
   assert read_metrics(tmp_path) == [line(0)]
+  assert events(tmp_path) == [(0, 0.0)]
 
 
 def test_restore_detects_tampering(tmp_path):
