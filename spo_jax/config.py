@@ -270,6 +270,7 @@ class Config:
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
   # Folder that keeps compiled programs for later runs; "" keeps none. ~ and gs:// are understood.
   compilation_cache: str = "~/.cache/spo_jax"
+  wandb: str = ""  # project of Weights & Biases that metrics go to as well; "" none
   topology: str = ""  # TPUs that `spo_jax.plan` compiles for, unless told otherwise
   model: str = ""  # folder or hub id of a Hugging Face model; "" is a new one, of `new_model`
   data: DataConfig = DataConfig()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from spo_jax.batches import Batches
 from spo_jax.errors import Stopped, UserError
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
-from spo_jax.infra import hosts, stopping
+from spo_jax.infra import hosts, profiling, speed, stopping
 from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.compilation import Meter
 from spo_jax.infra.metrics import MetricWriter, NoWriter
 from spo_jax.infra.report import write_report
+from spo_jax.infra.sinks import open_sinks
 from spo_jax.learner import Learner, TrainingSet
+from spo_jax.models.decoder import weights_per_token
 from spo_jax.notices import Notices
 from spo_jax.run import Run
 from spo_jax.training.estimate import Estimate, estimate
@@ -26,17 +29,25 @@ from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
 
 
-def train(run: Run) -> Any:
+def train(run: Run, profile: Collection[int] = ()) -> Any:
   """Trains from the warm start, or from the run's newest checkpoint, to the last iteration.
+
+  Args:
+    run: what to train.
+    profile: iterations that are traced; see `infra/profiling.py`.
 
   Returns:
     Parameters of the trained policy.
 
   Raises:
     Stopped: if the process was asked to end; all is saved.
-    UserError: if updates have no effect, or a checkpoint cannot be read or written.
+    UserError: if updates have no effect, a checkpoint cannot be read or written, or Weights &
+      Biases is asked for and cannot be used.
   """
-  config = run.config
+  config, counters = run.config, Counters()
+  sinks = hosts.first_then_all(
+    lambda: open_sinks(run.workdir, config.wandb) if hosts.is_first() else []
+  )
   batches = Batches(run)
   held = run.task.held_out(config.eval.split, config.eval.prompts)
   learner = Learner(run, warm_start(run))
@@ -46,7 +57,6 @@ def train(run: Run) -> Any:
       max_age=config.replay.max_age,
       segments_per_question=config.replay.segments_per_question,
     )
-  counters = Counters()
   notices = Notices(run.progress.note)
   keeps = buffer is not None or config.rollout.ahead
   checkpoints = Checkpoints(
@@ -59,7 +69,7 @@ def train(run: Run) -> Any:
     waiting = checkpoints.restore_host_arrays(step) if keeps else {}
     return (*checkpoints.restore(step, learner.arrays()), waiting)
 
-  writer = MetricWriter(run.workdir) if hosts.is_first() else NoWriter()
+  writer = MetricWriter(run.workdir, sinks) if hosts.is_first() else NoWriter()
   with writer, contextlib.closing(checkpoints):
     if (newest := checkpoints.read_newest(read, run.progress.note)) is not None:
       arrays, record, waiting = newest
@@ -80,17 +90,30 @@ def train(run: Run) -> Any:
 
     while counters.iteration < config.iterations:
       counters.iteration += 1
-      records, forest, rewards, sampling_metrics = batches.take(learner.params)
-      estimated = estimate(
-        forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
-      )
-      chosen, replay_metrics = choose(
-        run, counters.iteration, records, forest, rewards, estimated, buffer
-      )
-      with batches.ahead(learner):
-        metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
-      counters.tokens_sampled += int(forest.lengths[forest.depth > 0].sum())
+      began = time.perf_counter()
+      with profiling.trace(run.workdir, counters.iteration, profile):
+        records, forest, rewards, sampling_metrics = batches.take(learner.params)
+        estimated = estimate(
+          forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
+        )
+        chosen, replay_metrics = choose(
+          run, counters.iteration, records, forest, rewards, estimated, buffer
+        )
+        with batches.ahead(learner):
+          metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
+        counters.trained_s += time.perf_counter() - began
+      sampled = int(forest.lengths[forest.depth > 0].sum())
+      counters.tokens_sampled += sampled
       counters.tokens_trained += int(metrics["train/tokens"])
+      metrics |= speed.measure(
+        metrics,
+        trained_s=counters.trained_s,
+        began_at=counters.began_at,
+        sampled=sampled,
+        weights=weights_per_token(run.model, learner.params),
+        epochs=config.epochs,
+        devices=run.mesh.devices.flat,
+      )
       last = counters.iteration == config.iterations
       if last or counters.iteration % config.eval.every == 0:
         metrics |= evaluate(run, learner.params, held)

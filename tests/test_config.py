@@ -74,7 +74,7 @@ def test_every_experiment_divides_over_the_machine_that_it_names(module):
 def test_rows_of_32k_tokens_divide_over_both_pods(chips, tensor):
   """A row for each chip of `fsdp`; what the pod has more of chips splits heads."""
   config = from_config_dict(spo_tree.get_config("qwen7b_math_32k"), Config)
-  data, fsdp, found = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, chips)
+  data, fsdp, _, found = mesh_shape(**dataclasses.asdict(config.mesh), devices=chips)
   assert found == tensor
   check_mesh(config, data * fsdp)
   assert sum(config.longest_segments) == config.packing.row_length == 32768

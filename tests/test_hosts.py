@@ -25,7 +25,7 @@ def start(workdir, processes, **fields):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     coordinator = f"localhost:{free.getsockname()[1]}"
-  several = [f"--coordinator={coordinator}", f"--num_processes={processes}"]
+  several = [f"--coordinator={coordinator}", f"--num_processes={processes}", "--profile=1"]
   return [
     tiny_run.start(
       "spo_tree.py",
@@ -58,6 +58,8 @@ def test_two_processes_stopped_and_resumed_by_one_are_as_one(tmp_path):
     assert status == STOPPED_STATUS, errors
     assert "the same command resumes it" in errors
   assert 2 <= lines() < 4
+  traces = (tmp_path / "pair" / "profile" / "iteration_1").glob("*/plugins/profile/*/*.xplane.pb")
+  assert sorted(path.parents[3].name for path in traces) == ["process_0", "process_1"]
   (resumed,) = end(start(tmp_path / "pair", 1, mesh__data=4, mesh__fsdp=1))
   assert resumed[0] == 0, resumed[1]
   of_whole, of_pair = (

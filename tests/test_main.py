@@ -68,6 +68,17 @@ def test_a_config_that_is_wrong_is_told_at_once(
   assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("words", ["3,5", "0", "3,", "1-2", "two"])
+def test_a_profile_that_cannot_be_is_told_at_once(words, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tiny_run.REPOSITORY)
+  command = [*tiny_run.command(CONFIG, tmp_path / "new", iterations=4)[2:], f"--profile={words}"]
+  with flagsaver.flagsaver():
+    status = command_line.run_command(command, Config, main.train_from_flags)
+  assert status == USER_ERROR_STATUS
+  assert f"--profile={words} must name iterations from 1 to 4" in told_of(capsys.readouterr().err)
+  assert not (tmp_path / "new").exists()
+
+
 def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
   truncated = tmp_path / "truncated"
   shutil.copytree(finished, truncated)

@@ -77,7 +77,7 @@ def test_the_command_writes_json_and_says_by_its_status_that_it_does_not_fit(tmp
   )
   assert done.returncode == plan.DOES_NOT_FIT_STATUS, done.stderr
   found = json.loads(path.read_text())
-  assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1} and not found["fits"]
+  assert found["mesh"] == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1} and not found["fits"]
   assert {p["name"] for p in found["programs"]} == {"prepare", "train_step", "prefill", "decode"}
   assert all(p["total"] > 0 and p["seconds"] > 0 for p in found["programs"])
   fit = {p["fits"]: p["total"] <= found["chip_bytes"] for p in found["programs"]}

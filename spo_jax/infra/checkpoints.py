@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -209,3 +210,6 @@ class Counters:
   tokens_sampled: int = 0
   tokens_trained: int = 0
   elapsed_s: float = 0.0  # up to the checkpoint, all processes of the run together
+  # Unix time at which the run began; one without a checkpoint begins anew.
+  began_at: float = dataclasses.field(default_factory=time.time)
+  trained_s: float = 0.0  # in iterations, from their sampling to the end of their update

@@ -329,6 +329,12 @@ def block_name(layer: int) -> str:
   return f"block_{layer}"
 
 
+def weights_per_token(cfg: DecoderConfig, params) -> int:
+  """Parameters of the blocks and of the unembedding, with which every token is multiplied."""
+  blocks = [params[block_name(layer)] for layer in range(cfg.layers)]
+  return sum(x.size for x in jax.tree.leaves(blocks)) + cfg.width * cfg.vocab_size
+
+
 def forward(
   cfg,
   attend,

@@ -33,7 +33,7 @@ def test_a_program_fits_if_it_compiles_and_takes_no_more_than_a_chip_has():
 def test_what_fits_is_told_with_what_is_free_during_the_largest_program():
   text = lines_of([STEP, DECODE, SCORE], 3.5 * GIB)
   assert text[-1] == "It fits: 0.50 GiB a chip are free during sampling: decode."
-  assert "cpu:8: 8 chips of 3.50 GiB, mesh data 2 x fsdp 4 x tensor 1" in text
+  assert "cpu:8: 8 chips of 3.50 GiB, mesh data 2 x fsdp 4 x sequence 1 x tensor 1" in text
   assert not any("does not fit" in line for line in text)
 
 
