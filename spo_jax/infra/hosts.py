@@ -24,7 +24,8 @@ from spo_jax.errors import USER_ERROR_STATUS, UserError
 
 T = TypeVar("T")
 
-# A process that is silent for so long is taken for dead, and the others end.
+# A process that is silent for so long, or does not end with the others, is taken for dead, and the
+# others end.
 SILENCE_S = 30
 START_S = 300  # processes that have not all met by then give up
 _TPU_DEVICES = (pathlib.Path("/dev/accel0"), pathlib.Path("/dev/vfio/0"))
@@ -46,7 +47,11 @@ def connect(coordinator: str, processes: int, process: int) -> None:
       the process ends.
   """
   # The runtime's own end of waiting is a crash, so ours comes before it.
-  bounds = {"initialization_timeout": 2 * START_S, "heartbeat_timeout_seconds": SILENCE_S}
+  bounds = {
+    "initialization_timeout": 2 * START_S,
+    "heartbeat_timeout_seconds": SILENCE_S,
+    "shutdown_timeout_seconds": SILENCE_S,
+  }
   if not coordinator:
     if not in_cluster(os.environ):
       return
