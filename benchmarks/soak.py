@@ -35,7 +35,7 @@ from spo_jax.infra.stopping import STOPPED_STATUS
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 KINDS = ("SIGKILL of all", "SIGTERM of all", "SIGKILL of one", "SIGTERM of one")
-# A process whose neighbour is gone must have ended by then: it may have been waiting for it to come.
+# A process whose neighbour is gone must have ended by then, even if it waits for it to come.
 MOST_END_S = hosts.START_S + 2 * hosts.SILENCE_S
 POLL_S = 0.05
 # What differs between runs that are the same: seconds, and what is made of them.
