@@ -36,6 +36,7 @@ class Experiment:
   tree_row_length: int = 2048  # tokens of a packed row of SPO-tree
   slots: int = 128  # of SPO: nodes or trajectories whose continuations are decoded at a time
   topology: str = "v5e:4x4"  # TPUs, as spo_jax.plan takes them
+  row_shards: int = 0  # chips that rows are split over, the others split heads; 0: all chips
 
 
 _change = dataclasses.replace
@@ -140,6 +141,22 @@ EXPERIMENTS = {
     tree_segment=66,
   ),
 }
+# Beyond the paper: 7 billion parameters and 32K tokens, on 256 chips of v5e or 64 of v5p, for trees
+# of 4 x 4. Each of 64 parts of the mesh has a prompt, a row, and one node whose children are
+# decoded. `extend` gathers the caches of a layer on each chip: from segments of 15872 tokens it
+# takes 16.3 GiB of v5e's 15.75, and more from 6 branches or from prompts for 256 parts.
+R1_MATH_32K = _change(
+  R1_MATH,
+  model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+  max_prompt_tokens=1024,
+  max_response_tokens=31744,  # 32768 with the prompt
+  tree_segment=12288,  # the last ones have 19456
+  tree_prompts=64,
+  tree_row_length=32768,
+  slots=64,
+  topology="v5e:16x16",
+  row_shards=64,
+)
 # A model and JSON lines of your own: --config.model=DIR --config.data.manual_dir=DIR.
 OWN = _change(
   R1_MATH,
@@ -195,6 +212,12 @@ def apply(config, experiment: Experiment) -> None:
   path = experiment.max_prompt_tokens + experiment.max_response_tokens
   config.packing.row_length = max(2048, -(-path // 1024) * 1024)
   config.packing.rows = 16  # of a micro-batch: one a chip on 16 chips
+  if experiment.row_shards:
+    config.mesh.fsdp = config.packing.rows = experiment.row_shards
+    config.mesh.tensor = -1
+    config.compute.attention = "pallas"
+    config.compute.scan_layers = True
+    config.rollout.prefill_chunk = 512
   config.eval.split = "validation"
   config.eval.prompts = 256
   config.eval.batch = 64

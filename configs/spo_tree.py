@@ -17,13 +17,21 @@ and what they need, are in `experiments.py`.
 """
 
 from configs.embedded import EMBEDDED, Embedded, apply_embedded
-from configs.experiments import EXPERIMENTS, OWN, Experiment, apply, set_schedule
+from configs.experiments import EXPERIMENTS, OWN, R1_MATH_32K, Experiment, apply, set_schedule
 from spo_jax.config import default_config, parse_variant
 
 USUAL_BRANCHES = (6, 6, 6)
-# The paper's other trees.
-BRANCHES = {"rho1b_gsm8k_456": (4, 5, 6), "rho1b_gsm8k_888": (8, 8, 8)}
-OTHER_TREES = {name: EXPERIMENTS["rho1b_gsm8k"] for name in BRANCHES}
+# The paper's other trees, and a long one.
+BRANCHES = {
+  "rho1b_gsm8k_456": (4, 5, 6),
+  "rho1b_gsm8k_888": (8, 8, 8),
+  "qwen7b_math_32k": (4, 4),
+}
+OTHER_TREES = {
+  "rho1b_gsm8k_456": EXPERIMENTS["rho1b_gsm8k"],
+  "rho1b_gsm8k_888": EXPERIMENTS["rho1b_gsm8k"],
+  "qwen7b_math_32k": R1_MATH_32K,
+}
 VARIANTS = {**EMBEDDED, **EXPERIMENTS, **OTHER_TREES, "own": OWN}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from spo_jax.config import RolloutConfig
 from spo_jax.data import source
 from spo_jax.forest import Forest, interleave
+from spo_jax.infra import hosts
 from spo_jax.learner import Learner
 from spo_jax.rewards import shape_unfinished
 from spo_jax.run import Run
@@ -150,11 +151,13 @@ def sample_parts(
         grades[-1] = thread.submit(grades[-1]).result
       of_part = [records[row] for row in part]
       forests.append(grow(run, params, take(prompts, part, rollout), of_part))
-      grades.append(functools.partial(grade, run, forests[-1], of_part))
+      grades.append(functools.partial(grade_share, run, forests[-1], of_part))
       advance(1)
     sampled = time.perf_counter()
     # The last part is graded here, as nothing is sampled beside it.
-    rewards, failed = zip(*(graded() for graded in grades), strict=True)
+    own = [graded() for graded in grades]
+    settled = [settle(run, *pair) for pair in zip(forests, own, strict=True)]
+    rewards, failed = zip(*settled, strict=True)
     advance(1)
   if rollout.parts == 1:
     return forests[0], rewards[0], failed[0], sampled
@@ -195,18 +198,33 @@ def one_thread() -> Iterator[ThreadPoolExecutor]:
     executor.shutdown(cancel_futures=True)
 
 
-def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.ndarray, int]:
-  """Rewards to train on.
+class Graded(NamedTuple):
+  """This process's share of a forest's leaves."""
+
+  rewards: np.ndarray  # float32
+  failed: np.ndarray  # bool, the grader failed
+
+
+def grade_share(run: Run, forest: Forest, records: list[dict[str, Any]]) -> Graded:
+  """Grades the leaves that are this process's to grade."""
+  leaves = np.flatnonzero(forest.leaf)
+  leaves = leaves[hosts.share(len(leaves))]
+  texts = run.task.texts([forest.response(leaf) for leaf in leaves])
+  answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
+  return Graded(*run.task.grade(texts, answers, shaped=True))
+
+
+def settle(run: Run, forest: Forest, own: Graded) -> tuple[np.ndarray, int]:
+  """Rewards to train on, from what all processes have graded.
 
   Returns:
     ([N] float32, NaN at inner nodes; number of leaves that the grader failed on).
   """
   advantage = run.config.advantage
-  leaves = np.flatnonzero(forest.leaf)
   rewards = np.full(len(forest.parent), np.nan, np.float32)
-  texts = run.task.texts([forest.response(leaf) for leaf in leaves])
-  answers = [records[tree]["answer"] for tree in forest.tree[leaves]]
-  rewards[leaves], failed = run.task.grade(texts, answers, shaped=True)
+  leaves = int(forest.leaf.sum())
+  rewards[forest.leaf] = hosts.join_shares(own.rewards, leaves)
+  failed = hosts.join_shares(own.failed, leaves)
   if not advantage.grade_unfinished:
     cut_off = forest.leaf & ~forest.finished
     rewards = shape_unfinished(rewards, cut_off, advantage.unfinished_penalty)
@@ -215,7 +233,7 @@ def grade(run: Run, forest: Forest, records: list[dict[str, Any]]) -> tuple[np.n
 
 def disagree(run: Run, records: list[dict[str, Any]], trajectories: Forest) -> np.ndarray:
   """[R] bool, prompts whose trajectories differ in reward."""
-  rewards, _ = grade(run, trajectories, records)
+  rewards, _ = settle(run, trajectories, grade_share(run, trajectories, records))
   leaves = np.flatnonzero(trajectories.leaf)
   least, most = np.full(len(records), np.inf), np.full(len(records), -np.inf)
   np.minimum.at(least, trajectories.tree[leaves], rewards[leaves])

@@ -1,8 +1,10 @@
 """What the commands share: their flags, their mistakes, and the workdir that belongs to one config.
 
-A command's exit status is 0 for done; 2 is a mistake of the user's, told in one line.
+A command's exit status is 0 for done; 2 is a mistake of the user's, told in one line; 75 says that
+the run was asked to end, has saved, and is resumed by the same command.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -15,15 +17,22 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from spo_jax.config_check import check_field, with_hint
-from spo_jax.errors import UserError
+from spo_jax.errors import USER_ERROR_STATUS, Stopped, UserError
+from spo_jax.infra.stopping import STOPPED_STATUS
 
-USER_ERROR_STATUS = 2
+# Of file systems that are full, or may not be written to.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 _WORDS: list[str] = []  # the command line where the config's flag looks for overrides
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "FILE or FILE:variant", lock_config=True, sys_argv=_WORDS
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run that it holds is resumed")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", "", "HOST:PORT of the first process of several; TPU VMs and Slurm need none"
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", 1, "how many there are, with --coordinator")
+_PROCESS = flags.DEFINE_integer("process_id", 0, "number of this one, likewise")
 
 
 def run_command(argv: list[str], config_class: type, command: Callable[[], int | None]) -> int:
@@ -46,6 +55,18 @@ def run_command(argv: list[str], config_class: type, command: Callable[[], int |
     sys.unraisablehook = lambda _: None
     print(f"spo_jax: {error}", file=sys.stderr)
     return USER_ERROR_STATUS
+  except OSError as error:
+    if error.errno not in _NO_ROOM:
+      raise
+    print(
+      f"spo_jax: {error.filename or 'a file'} cannot be written: {error.strerror}; once it can, "
+      "the same command resumes from the newest checkpoint",
+      file=sys.stderr,
+    )
+    return USER_ERROR_STATUS
+  except Stopped as stop:
+    print(f"spo_jax: {stop}: the same command resumes it", file=sys.stderr)
+    return STOPPED_STATUS
 
 
 def parse_flags(argv: list[str], config_class: type) -> None:
@@ -107,6 +128,13 @@ def _takes_value(name: str, config_class: type) -> bool:
   if name.startswith("config."):
     return check_field(config_class, name.removeprefix("config.")) is not bool
   return name in flags.FLAGS and not flags.FLAGS[name].boolean
+
+
+def connect_hosts() -> None:
+  """Joins the run's other processes, as the flags say; see `hosts.connect`."""
+  from spo_jax.infra import hosts  # it imports JAX, which mistakes need not wait for
+
+  hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
 
 
 def config_file() -> str:

@@ -236,8 +236,12 @@ class EvalConfig:
 class CheckpointConfig:
   """Orbax checkpoints."""
 
+  folder: str = ""  # where they are, gs:// is understood; "" is the workdir
   every: int = 20  # iterations; the last is kept in any case
-  keep: int = 2
+  every_s: float = 600.0  # also as soon as so many seconds have passed since the last
+  keep: int = 2  # newest
+  keep_best: int = 1  # besides, those with the best eval/accuracy, of what was evaluated
+  grace_s: float = 30.0  # from SIGTERM to SIGKILL: by then the run has saved and ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +250,8 @@ class MeshConfig:
 
   data: int = -1  # -1 takes all devices that the other axes leave; so it may for one of them
   fsdp: int = 1
+  # The tokens of packed rows are split over it, for long contexts; prompts are too.
+  sequence: int = 1
   tensor: int = 1
 
 
@@ -258,9 +264,13 @@ class Config:
   minibatches: int = 1  # updates an epoch, each on its share of the packed rows
   epochs: int = 1  # times that an iteration's batch is trained on
   restart: bool = False  # every iteration trains the first policy anew (RestEM)
+  # Iterations in a row without a sound update (a gradient that is not finite, a ratio beyond its
+  # threshold) after which a run stops; none of them is saved.
+  unstable_limit: int = 3
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
   # Folder that keeps compiled programs for later runs; "" keeps none. ~ and gs:// are understood.
   compilation_cache: str = "~/.cache/spo_jax"
+  wandb: str = ""  # project of Weights & Biases that metrics go to as well; "" none
   topology: str = ""  # TPUs that `spo_jax.plan` compiles for, unless told otherwise
   model: str = ""  # folder or hub id of a Hugging Face model; "" is a new one, of `new_model`
   data: DataConfig = DataConfig()

@@ -97,7 +97,7 @@ _EVALUATION_POSITIVE = (
   "data.grader_timeout_s",
   "data.grader_memory_mb",
 )
-_SPLIT_BATCHES = ("rollout.prompts", "rollout.slots", "packing.rows", "eval.batch")
+_SPLIT_BATCHES = ("rollout.prompts", "rollout.slots", "eval.batch")
 _EVALUATION_BATCHES = ("batch", "slots")
 
 
@@ -156,26 +156,51 @@ def check_evaluation(config: EvaluationConfig) -> None:
   )
 
 
-def check_mesh(config: Config | EvaluationConfig, row_shards: int) -> None:
+def check_mesh(
+  config: Config | EvaluationConfig, row_shards: int, packed_row_shards: int | None = None
+) -> None:
   """Checks that every batch can be split over the mesh.
+
+  Args:
+    config: of a run or an evaluation.
+    row_shards: parts that prompts are split into.
+    packed_row_shards: parts that packed rows are split into, of a run; None: as many.
 
   Raises:
     UserError: naming the batch that cannot, and both numbers.
   """
+  packed_row_shards = packed_row_shards or row_shards
   names = _SPLIT_BATCHES if isinstance(config, Config) else _EVALUATION_BATCHES
   for name in names:
     size = _field(config, name)
     _need(
       size % row_shards == 0,
-      f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp axes are "
-      f"{row_shards}: use a multiple of {row_shards}",
+      f"config.{name} {size} cannot be divided over the mesh, whose data x fsdp x sequence axes "
+      f"are {row_shards}: use a multiple of {row_shards}",
     )
   if isinstance(config, Config):
+    row, rows = config.packing, config.packing.rows
+    _need(
+      rows % packed_row_shards == 0,
+      f"config.packing.rows {rows} cannot be divided over the mesh, whose data x fsdp axes are "
+      f"{packed_row_shards}: use a multiple of {packed_row_shards}",
+    )
+    parts = row_shards // packed_row_shards
+    _need(
+      parts == 1 or (row.row_length % (parts * row.query_block) == 0),
+      f"config.packing.row_length {row.row_length} cannot be divided over the mesh, whose sequence "
+      f"axis is {parts}: use a multiple of {parts} x query_block {row.query_block}",
+    )
+    _need(
+      parts == 1 or config.compute.attention != "pallas",
+      "config.compute.attention 'pallas' has no sequence axis: use 'flash', or "
+      "config.mesh.sequence 1",
+    )
     size = config.part_prompts
     _need(
       size % row_shards == 0,
       f"config.rollout.parts {config.rollout.parts}: the {size} prompts of each cannot be divided "
-      f"over the mesh, whose data x fsdp axes are {row_shards}: use fewer parts",
+      f"over the mesh, whose data x fsdp x sequence axes are {row_shards}: use fewer parts",
     )
 
 

@@ -24,16 +24,17 @@ from spo_jax.config_check import from_config_dict
 from spo_jax.config_rules import check_mesh
 from spo_jax.evaluation import respond
 from spo_jax.forest import Forest
+from spo_jax.infra import hosts
 from spo_jax.infra.compilation import keep_programs
 from spo_jax.infra.mesh import make_mesh, row_shards
-from spo_jax.infra.progress import Progress
+from spo_jax.infra.progress import Progress, open_progress
 from spo_jax.models.attention import check_backend
 from spo_jax.models.families import config_from_hf
 from spo_jax.models.pretrained import check_tensors, find_pretrained, load_params
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.scores import scores, table
-from spo_jax.task import Task, open_task
+from spo_jax.task import Task, grade_together, open_task
 
 RESPONSES_FILE, SUMMARY_FILE = "responses.jsonl", "summary.json"
 
@@ -44,11 +45,12 @@ def evaluate_from_flags() -> None:
   """Checks the config, claims the workdir, samples what is missing, prints the table."""
   config = from_config_dict(command_line.CONFIG.value, EvaluationConfig)
   workdir = pathlib.Path(command_line.WORKDIR.value).absolute()
-  command_line.claim_workdir(workdir, dataclasses.asdict(config), may_change=("compilation_cache",))
+  command_line.connect_hosts()
+  fields, may_change = dataclasses.asdict(config), ("compilation_cache",)
+  hosts.first_then_all(lambda: command_line.claim_workdir(workdir, fields, may_change=may_change))
   keep_programs(config.compilation_cache)
-  with Progress(1) as progress:
-    summary = evaluate_model(config, workdir, progress)
-    for line in table(summary):
+  with open_progress(1, visible=hosts.is_first()) as progress:
+    for line in table(evaluate_model(config, workdir, progress)):
       progress.note(line)
 
 
@@ -63,7 +65,7 @@ def evaluate_model(
   Raises:
     UserError: if model, data or mesh do not fit each other.
   """
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
   check_mesh(config, row_shards(mesh))
   pretrained = find_pretrained(config.model)
   compute, device = config.compute, mesh.devices.flat[0]
@@ -88,7 +90,8 @@ def evaluate_model(
   with contextlib.closing(task):
     records = task.held_out(config.split, config.problems)
     path = workdir / RESPONSES_FILE
-    done = read_whole_batches(path, config.batch, len(records))
+    cut = lambda: read_whole_batches(path, config.batch, len(records))
+    done = hosts.of_first(cut() if hosts.is_first() else 0)
     if done < len(records):
       if done:
         progress.note(f"resumed after {done} of {len(records)} problems")
@@ -103,17 +106,21 @@ def evaluate_model(
         prefill_chunk=config.prefill_chunk,
       )
       params = load_params(pretrained, model, mesh)
-      with progress.bar("problems", total=len(records)) as advance, path.open("a") as file:
+      kept = path if hosts.is_first() else pathlib.Path(os.devnull)
+      with progress.bar("problems", total=len(records)) as advance, kept.open("a") as file:
         advance(done)
         for lines in _answer(config, task, sampler, params, records[done:]):
           file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
           file.flush()
-          os.fsync(file.fileno())
+          if hosts.is_first():
+            os.fsync(file.fileno())
           advance(len(lines))
+  hosts.meet("all problems are answered")
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   summary = {"model": config.model, "data": config.data.name, "split": config.split}
   summary |= scores(lines, config.contexts)
-  (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+  if hosts.is_first():
+    (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
   return summary
 
 
@@ -160,7 +167,7 @@ def _answer(
     for context in sorted(config.contexts):
       room = [context - line["prompt_tokens"] for line in of_line]
       texts = task.texts([ids[:most] for ids, most in zip(tokens, room, strict=True)])
-      graded, failed = task.grade(texts, [line["answer"] for line in of_line])
+      graded, failed = grade_together(task, texts, [line["answer"] for line in of_line])
       for i, response in enumerate(responses):
         response["text"] = texts[i]  # the largest context comes last
         response["at"][str(context)] = {

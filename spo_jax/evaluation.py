@@ -11,7 +11,7 @@ from spo_jax.infra.mesh import row_shards
 from spo_jax.run import Run
 from spo_jax.sampling.sampler import Sampler
 from spo_jax.sampling.strategies import grow_tree
-from spo_jax.task import Task
+from spo_jax.task import Task, grade_together
 
 
 def respond(
@@ -72,7 +72,7 @@ def accuracy(
     batch=config.eval.batch,
   ):
     texts = run.task.texts([forest.response(leaf) for leaf in leaves[:, 0]])
-    rewards, _ = run.task.grade(texts, [record["answer"] for record in chunk])
+    rewards, _ = grade_together(run.task, texts, [record["answer"] for record in chunk])
     solved += float(rewards.sum())
   return solved / len(records)
 

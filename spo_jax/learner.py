@@ -12,6 +12,7 @@ import numpy as np
 from spo_jax.algorithms.kl_control import KL_CONTROLS
 from spo_jax.config import Config
 from spo_jax.forest import Forest
+from spo_jax.infra import hosts
 from spo_jax.infra.mesh import shard_batch
 from spo_jax.run import Run
 from spo_jax.training import objective, packing
@@ -166,7 +167,7 @@ class Learner:
           metrics |= of_critic
         steps.append(metrics)
         advance(1)
-      return jax.device_get(steps)
+      return hosts.fetch(steps)
 
 
 def _mean(steps: list[dict[str, Any]]) -> dict[str, float]:

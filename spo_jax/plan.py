@@ -21,7 +21,7 @@ from spo_jax.config_check import from_config_dict
 from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.data.tokenizer import load_tokenizer
 from spo_jax.errors import UserError
-from spo_jax.infra.mesh import make_mesh, row_shards
+from spo_jax.infra.mesh import make_mesh, packed_row_shards, row_shards
 from spo_jax.infra.topology import Topology, open_topology
 from spo_jax.models.attention import check_backend
 from spo_jax.models.decoder import DecoderConfig
@@ -102,9 +102,9 @@ def make_plan(
   Raises:
     UserError: if the model is unknown, or the config does not go with the machine.
   """
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.devices)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
   shards = row_shards(mesh)
-  check_mesh(config, shards)
+  check_mesh(config, shards, packed_row_shards(mesh))
   check_ahead(config, mesh.size)
   model = planned_decoder(config)
   check_backend(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from spo_jax.algorithms.partition import make_partition
 from spo_jax.config import ComputeConfig, Config, NewModelConfig, RolloutConfig
 from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.errors import UserError
-from spo_jax.infra.mesh import make_mesh, param_shardings, row_shards
+from spo_jax.infra.mesh import make_mesh, packed_row_shards, param_shardings, row_shards
 from spo_jax.infra.progress import Progress
 from spo_jax.models.attention import check_backend
 from spo_jax.models.decoder import DecoderConfig, LayerKind, init_params
@@ -42,6 +43,10 @@ class Run:
     """The root key of a named stream of random numbers."""
     streams = ("params", "rollout", "eval", "warm_start")
     return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
+
+  def checkpoint_folder(self, name: str) -> str:
+    """Where checkpoints of a kind are: in `config.checkpoint.folder`, or else in the workdir."""
+    return os.path.join(self.config.checkpoint.folder or self.workdir, name)
 
   def sampler(self, *, temperature: float, as_rollout: bool) -> Sampler:
     """The compiled verbs at a temperature, as rollouts are drawn or as the policy is."""
@@ -101,8 +106,8 @@ def make_run(config: Config, workdir: pathlib.Path, progress: Progress) -> Run:
       `config.rollout.ahead`, the model or its attention cannot be used,
       or no token has the delimiter of the partition; see `open_task` for what the data may lack.
   """
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  check_mesh(config, row_shards(mesh))
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  check_mesh(config, row_shards(mesh), packed_row_shards(mesh))
   check_ahead(config, mesh.size)
   pretrained = model = None
   shape, cap = config.new_model, None

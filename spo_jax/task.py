@@ -17,6 +17,7 @@ from spo_jax.data import prompts as prompting
 from spo_jax.data import source
 from spo_jax.data.sets import Fields
 from spo_jax.data.tokenizer import check_tokenizer, load_tokenizer
+from spo_jax.infra import hosts
 from spo_jax.sampling.strategies import Prompts
 
 
@@ -102,6 +103,15 @@ class Task:
   def close(self) -> None:
     """Ends the grader's processes."""
     rewards.close_grader(self.grader)
+
+
+def grade_together(
+  task: Task, texts: Sequence[str], answers: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+  """`task.grade` of all texts on every process, each of which grades its share."""
+  own = hosts.share(len(texts))
+  graded, failed = task.grade(texts[own], answers[own])
+  return hosts.join_shares(graded, len(texts)), hosts.join_shares(failed, len(texts))
 
 
 def open_task(

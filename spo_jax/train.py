@@ -3,19 +3,24 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from spo_jax import rollouts
 from spo_jax.batches import Batches
+from spo_jax.errors import Stopped, UserError
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
+from spo_jax.infra import hosts, profiling, speed, stopping
 from spo_jax.infra.checkpoints import Checkpoints, Counters
 from spo_jax.infra.compilation import Meter
-from spo_jax.infra.metrics import MetricWriter
+from spo_jax.infra.metrics import MetricWriter, NoWriter
 from spo_jax.infra.report import write_report
+from spo_jax.infra.sinks import open_sinks
 from spo_jax.learner import Learner, TrainingSet
+from spo_jax.models.decoder import weights_per_token
 from spo_jax.notices import Notices
 from spo_jax.run import Run
 from spo_jax.training.estimate import Estimate, estimate
@@ -24,13 +29,25 @@ from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
 
 
-def train(run: Run) -> Any:
+def train(run: Run, profile: Collection[int] = ()) -> Any:
   """Trains from the warm start, or from the run's newest checkpoint, to the last iteration.
+
+  Args:
+    run: what to train.
+    profile: iterations that are traced; see `infra/profiling.py`.
 
   Returns:
     Parameters of the trained policy.
+
+  Raises:
+    Stopped: if the process was asked to end; all is saved.
+    UserError: if updates have no effect, a checkpoint cannot be read or written, or Weights &
+      Biases is asked for and cannot be used.
   """
-  config = run.config
+  config, counters = run.config, Counters()
+  sinks = hosts.first_then_all(
+    lambda: open_sinks(run.workdir, config.wandb) if hosts.is_first() else []
+  )
   batches = Batches(run)
   held = run.task.held_out(config.eval.split, config.eval.prompts)
   learner = Learner(run, warm_start(run))
@@ -40,15 +57,23 @@ def train(run: Run) -> Any:
       max_age=config.replay.max_age,
       segments_per_question=config.replay.segments_per_question,
     )
-  counters = Counters()
   notices = Notices(run.progress.note)
-  checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
-  with MetricWriter(run.workdir) as writer, contextlib.closing(checkpoints):
-    if (latest := checkpoints.latest()) is not None:
-      arrays, record = checkpoints.restore(latest, learner.arrays())
+  keeps = buffer is not None or config.rollout.ahead
+  checkpoints = Checkpoints(
+    run.checkpoint_folder("checkpoints"),
+    keep=config.checkpoint.keep,
+    keep_best=config.checkpoint.keep_best,
+  )
+
+  def read(step: int):
+    waiting = checkpoints.restore_host_arrays(step) if keeps else {}
+    return (*checkpoints.restore(step, learner.arrays()), waiting)
+
+  writer = MetricWriter(run.workdir, sinks) if hosts.is_first() else NoWriter()
+  with writer, contextlib.closing(checkpoints):
+    if (newest := checkpoints.read_newest(read, run.progress.note)) is not None:
+      arrays, record, waiting = newest
       learner.load(arrays, record["learner"])
-      keeps = buffer is not None or config.rollout.ahead
-      waiting = checkpoints.restore_host_arrays(latest) if keeps else {}
       if buffer is not None:
         buffer.restore(waiting)
       batches.restore(record, waiting)
@@ -58,31 +83,53 @@ def train(run: Run) -> Any:
     else:
       writer.clear()
     clock, meter = Clock(counters.elapsed_s), Meter()
+    saved_at, unstable = time.monotonic(), 0
     if counters.iteration == 0:
       metrics = evaluate(run, learner.params, held)
       log(run, writer, counters, clock, metrics | meter.read())
 
     while counters.iteration < config.iterations:
       counters.iteration += 1
-      records, forest, rewards, sampling_metrics = batches.take(learner.params)
-      estimated = estimate(
-        forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
-      )
-      chosen, replay_metrics = choose(
-        run, counters.iteration, records, forest, rewards, estimated, buffer
-      )
-      with batches.ahead(learner):
-        metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
-      counters.tokens_sampled += int(forest.lengths[forest.depth > 0].sum())
+      began = time.perf_counter()
+      with profiling.trace(run.workdir, counters.iteration, profile):
+        records, forest, rewards, sampling_metrics = batches.take(learner.params)
+        estimated = estimate(
+          forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
+        )
+        chosen, replay_metrics = choose(
+          run, counters.iteration, records, forest, rewards, estimated, buffer
+        )
+        with batches.ahead(learner):
+          metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
+        counters.trained_s += time.perf_counter() - began
+      sampled = int(forest.lengths[forest.depth > 0].sum())
+      counters.tokens_sampled += sampled
       counters.tokens_trained += int(metrics["train/tokens"])
+      metrics |= speed.measure(
+        metrics,
+        trained_s=counters.trained_s,
+        began_at=counters.began_at,
+        sampled=sampled,
+        weights=weights_per_token(run.model, learner.params),
+        epochs=config.epochs,
+        devices=run.mesh.devices.flat,
+      )
       last = counters.iteration == config.iterations
       if last or counters.iteration % config.eval.every == 0:
         metrics |= evaluate(run, learner.params, held)
-      if last or counters.iteration == 1 or counters.iteration % config.eval.every == 0:
+      shown = last or counters.iteration == 1 or counters.iteration % config.eval.every == 0
+      if shown and hosts.is_first():
         rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
       log(run, writer, counters, clock, metrics | meter.read())
       notices.look(config, counters.iteration, forest, rewards, metrics)
-      if last or counters.iteration % config.checkpoint.every == 0:
+      unstable = unstable + 1 if metrics["train/unstable"] == 1 else 0
+      if unstable >= config.unstable_limit:
+        raise UserError(unsound(counters.iteration, unstable, metrics))
+      stop, overdue = hosts.any_of_each(
+        stopping.asked(), time.monotonic() - saved_at > config.checkpoint.every_s
+      )
+      due = last or stop or overdue or counters.iteration % config.checkpoint.every == 0
+      if due and not unstable:
         record = {
           "counters": dataclasses.asdict(counters),
           "learner": learner.record(),
@@ -90,9 +137,30 @@ def train(run: Run) -> Any:
           **batches.record(),
         }
         waiting = batches.arrays() | ({} if buffer is None else buffer.state())
-        checkpoints.save(counters.iteration, learner.arrays(), record, waiting or None)
-  run.progress.note(f"report: {write_report(run.workdir)}")
+        checkpoints.save(
+          counters.iteration,
+          learner.arrays(),
+          record,
+          waiting or None,
+          metrics.get("eval/accuracy"),
+        )
+        saved_at = time.monotonic()
+      if stop and not last:
+        checkpoints.wait()
+        raise Stopped(f"stopped after iteration {counters.iteration} of {config.iterations}")
+  if hosts.is_first():
+    run.progress.note(f"report: {write_report(run.workdir)}")
   return learner.params
+
+
+def unsound(iteration: int, count: int, metrics: dict[str, float]) -> str:
+  """What a person is told when updates have been without effect for too long."""
+  return (
+    f"no update of the last {count} iterations was sound (gradient norm "
+    f"{metrics['train/grad_norm']:.3g}, mean ratio {metrics['train/ratio']:.3g}): stopped at "
+    f"iteration {iteration}, of which nothing is saved; lower config.optimizer.learning_rate or "
+    "config.optimizer.clip_norm, in a new workdir, or look at the rollouts"
+  )
 
 
 def choose(

@@ -117,7 +117,8 @@ class Graded:
       prompts=lambda records, *_: tiny_prompts(len(records)),
     )
     monkeypatch.setattr(batches, "grow", lambda run, params, prompts, records: self.grow(records))
-    monkeypatch.setattr(batches, "grade", lambda run, forest, records: self.grade(records))
+    monkeypatch.setattr(batches, "grade_share", lambda run, forest, records: self.grade(records))
+    monkeypatch.setattr(batches, "settle", lambda run, forest, own: own)
 
   def sample(self):
     return sample(self.run, None, list(range(len(self.graded))))
@@ -269,7 +270,8 @@ def test_the_mean_reward_is_the_value_of_the_prompts(monkeypatch):
   forest = tree_forest(rng, (3, 2, 2), (2, 2, 2), prompts=(2, 3), ragged=True)
   rewards = np.where(forest.leaf, rng.random(len(forest.parent)), np.nan).astype(np.float32)
   monkeypatch.setattr(batches, "grow", lambda *_: forest)
-  monkeypatch.setattr(batches, "grade", lambda *_: (rewards, 0))
+  monkeypatch.setattr(batches, "grade_share", lambda *_: None)
+  monkeypatch.setattr(batches, "settle", lambda *_: (rewards, 0))
   *_, metrics = sample(make_run(Config()), None, RECORDS)
   values = estimate(forest, rewards, Config().advantage, probed=False).values
   np.testing.assert_allclose(

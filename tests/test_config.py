@@ -12,6 +12,7 @@ from spo_jax.config import Config, default_config, parse_variant
 from spo_jax.config_check import check_field, from_config_dict
 from spo_jax.config_rules import check_ahead, check_mesh
 from spo_jax.errors import UserError
+from spo_jax.infra.mesh import mesh_shape
 
 METHODS = (spo_tree, spo_chain, grpo, rloo, dr_grpo, ppo, vineppo, restem, dpo_positive)
 # A method's variants are its own, or those of the method that it starts from.
@@ -67,6 +68,16 @@ def test_every_experiment_divides_over_the_machine_that_it_names(module):
   for variant, experiment in EXPERIMENTS.items():
     chips = math.prod(int(size) for size in experiment.topology.partition(":")[2].split("x"))
     check_mesh(from_config_dict(module.get_config(variant), Config), chips)
+
+
+@pytest.mark.parametrize(("chips", "tensor"), [(256, 4), (64, 1)])
+def test_rows_of_32k_tokens_divide_over_both_pods(chips, tensor):
+  """A row for each chip of `fsdp`; what the pod has more of chips splits heads."""
+  config = from_config_dict(spo_tree.get_config("qwen7b_math_32k"), Config)
+  data, fsdp, _, found = mesh_shape(**dataclasses.asdict(config.mesh), devices=chips)
+  assert found == tensor
+  check_mesh(config, data * fsdp)
+  assert sum(config.longest_segments) == config.packing.row_length == 32768
 
 
 def test_variants_of_the_paper_differ_as_they_say():

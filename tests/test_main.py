@@ -1,6 +1,8 @@
 """The command line: a user's mistake prints one clear line and exits with 2, before training."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,9 +11,9 @@ import pytest
 from absl.testing import flagsaver
 
 from spo_jax import command_line, main
-from spo_jax.command_line import USER_ERROR_STATUS, difference
+from spo_jax.command_line import difference
 from spo_jax.config import Config
-from spo_jax.errors import UserError
+from spo_jax.errors import USER_ERROR_STATUS, UserError
 from tests import tiny_run
 
 CONFIG = "spo_tree.py"
@@ -66,6 +68,17 @@ def test_a_config_that_is_wrong_is_told_at_once(
   assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("words", ["3,5", "0", "3,", "1-2", "two"])
+def test_a_profile_that_cannot_be_is_told_at_once(words, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tiny_run.REPOSITORY)
+  command = [*tiny_run.command(CONFIG, tmp_path / "new", iterations=4)[2:], f"--profile={words}"]
+  with flagsaver.flagsaver():
+    status = command_line.run_command(command, Config, main.train_from_flags)
+  assert status == USER_ERROR_STATUS
+  assert f"--profile={words} must name iterations from 1 to 4" in told_of(capsys.readouterr().err)
+  assert not (tmp_path / "new").exists()
+
+
 def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
   truncated = tmp_path / "truncated"
   shutil.copytree(finished, truncated)
@@ -93,14 +106,24 @@ def test_every_mistake_is_one_line_and_exit_status_2(finished, tmp_path):
     assert message in told_of(errors)
 
 
+def test_a_full_disk_is_told_in_one_line(monkeypatch, capsys):
+  def write():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/metrics.jsonl")
+
+  monkeypatch.setattr(command_line, "parse_flags", lambda *_: None)
+  assert command_line.run_command(["program"], Config, write) == USER_ERROR_STATUS
+  line = told_of(capsys.readouterr().err)
+  assert "runs/metrics.jsonl cannot be written: No space left on device" in line
+
+
 def test_a_batch_that_the_mesh_cannot_divide(tmp_path):
-  environment = tiny_run.environment() | {"JAX_NUM_CPU_DEVICES": "8"}
+  environment = tiny_run.environment(devices=8)
   command = tiny_run.command(CONFIG, tmp_path, mesh__data=4, rollout__prompts=6)
   result = subprocess.run(
     command, cwd=tiny_run.REPOSITORY, env=environment, capture_output=True, text=True, check=False
   )
   assert result.returncode == USER_ERROR_STATUS
-  line = "config.rollout.prompts 6 cannot be divided over the mesh, whose data x fsdp axes are 4"
+  line = "config.rollout.prompts 6 cannot be divided over the mesh, whose data x fsdp x sequence"
   assert line in result.stderr
 
 

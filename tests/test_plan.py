@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs import spo_tree
-from configs.experiments import EXPERIMENTS
+from configs.experiments import EXPERIMENTS, R1_MATH_32K
 from spo_jax import plan
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
@@ -24,6 +24,7 @@ COUNTS = {
   "realtreetune/rho-1b-sft-GSM8K": 1_100_048_384,
   "realtreetune/rho-1b-sft-MATH": 1_100_048_384,
   "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+  "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
   "Qwen/Qwen2.5-1.5B": 1_543_714_304,
   "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
   "realtreetune/deepseekmath-7b-sft-GSM8K": 6_910_365_696,
@@ -32,7 +33,8 @@ COUNTS = {
 
 
 def test_the_papers_models_are_known_with_their_sizes():
-  assert {experiment.model for experiment in EXPERIMENTS.values()} == set(COUNTS)
+  experiments = (*EXPERIMENTS.values(), R1_MATH_32K)
+  assert {experiment.model for experiment in experiments} == set(COUNTS)
   mesh = make_mesh(1, 1, 1)
   for name, count in COUNTS.items():
     setup = programs.Setup(Config(), config_from_hf(KNOWN_MODELS[name]), mesh)
@@ -75,7 +77,7 @@ def test_the_command_writes_json_and_says_by_its_status_that_it_does_not_fit(tmp
   )
   assert done.returncode == plan.DOES_NOT_FIT_STATUS, done.stderr
   found = json.loads(path.read_text())
-  assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1} and not found["fits"]
+  assert found["mesh"] == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1} and not found["fits"]
   assert {p["name"] for p in found["programs"]} == {"prepare", "train_step", "prefill", "decode"}
   assert all(p["total"] > 0 and p["seconds"] > 0 for p in found["programs"])
   fit = {p["fits"]: p["total"] <= found["chip_bytes"] for p in found["programs"]}

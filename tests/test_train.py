@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -15,13 +16,14 @@ from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
 from spo_jax.errors import UserError
 from spo_jax.infra.checkpoints import Checkpoints
+from spo_jax.infra.compilation import made_programs
 from spo_jax.infra.progress import Progress
 from spo_jax.main import MAY_CHANGE
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
 from spo_jax.train import train
 from spo_jax.training.step import init_state
-from tests import tiny_run
+from tests import fake_wandb, tiny_run
 
 CONTRACT = {
   "iteration",
@@ -36,6 +38,9 @@ CONTRACT = {
   "time/elapsed_s",
   "time/rollout_s",
   "time/update_s",
+  "speed/sampled_tokens_s",
+  "speed/trained_tokens_s",
+  "speed/goodput",
 }
 
 
@@ -50,10 +55,10 @@ def tiny_config(module, **overrides):
   return from_config_dict(config, Config)
 
 
-def run_once(config, workdir: pathlib.Path):
+def run_once(config, workdir: pathlib.Path, **options):
   claim_workdir(workdir, dataclasses.asdict(config), may_change=MAY_CHANGE)
   with Progress(config.iterations) as progress:
-    train(make_run(config, workdir, progress))
+    train(make_run(config, workdir, progress), **options)
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -77,6 +82,10 @@ def test_tree_writes_what_the_contract_promises(tree_run):
   assert [line["time/programs"] for line in lines[2:]] == [0] * 3, "all is compiled at first"
   for column in ("tokens/sampled", "tokens/trained", "time/elapsed_s"):
     assert np.all(np.diff([line[column] for line in lines]) >= 0)
+  for line in lines[1:]:
+    assert 0 < line["speed/goodput"] < 1
+    packed_s = line["train/packed_tokens"] / line["time/update_s"]
+    assert line["speed/trained_tokens_s"] == pytest.approx(packed_s)
   assert (workdir / "report.html").exists()
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [
     "2",
@@ -162,8 +171,32 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
     state = init_state(run.initial_params(), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     saved.append(checkpoints.restore(4, state)[0])
+    early, late = (checkpoints.restore(step, state)[1]["counters"] for step in (2, 4))
     checkpoints.close()
+    assert early["began_at"] == late["began_at"]
+    assert 0 < early["trained_s"] < late["trained_s"] < late["elapsed_s"]
   jax.tree.map(np.testing.assert_array_equal, *saved)
+
+
+def test_a_run_that_is_watched(tmp_path, monkeypatch):
+  """Weights & Biases has the lines of the record, and the traces are of the chosen iterations."""
+  runs = fake_wandb.install(monkeypatch)
+  config = tiny_config(spo_tree, **SMALL, rollout__segment_tokens=(4,), wandb="spo")
+  lines = run_once(config, tmp_path, profile=(2,))
+  (run,) = runs
+  assert run.given["config"] == json.loads((tmp_path / "config.json").read_text())
+  assert [{"iteration": step, **metrics} for step, metrics in run.logged] == lines and run.finished
+  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert trace.is_relative_to(tmp_path / "profile" / "iteration_2" / "process_0")
+  assert trace.stat().st_size > 0
+
+
+def test_missing_wandb_is_told_before_anything_is_compiled(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+  before = made_programs()
+  with pytest.raises(UserError, match="pip install wandb"):
+    run_once(tiny_config(spo_tree, wandb="spo"), tmp_path)
+  assert made_programs() == before
 
 
 @pytest.mark.parametrize(
@@ -189,6 +222,18 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
   else:
     assert lines[1]["replay/waiting"] > 0 and lines[3]["replay/expired"] == 0
     assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new
+
+
+def test_a_run_without_sound_updates_stops_and_saves_none_of_them(tmp_path):
+  fields = SMALL | {"rollout__segment_tokens": (4,), "loss__ratio_threshold": 1e-3}
+  fields |= {"unstable_limit": 2, "checkpoint__every": 1}
+  config = tiny_config(spo_tree, **fields | {"iterations": 9})
+  with pytest.raises(UserError, match="no update of the last 2 iterations was sound .gradient"):
+    run_once(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["train/unstable"] for line in lines[-2:]] == [1, 1]
+  saved = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  assert not saved & {lines[-1]["iteration"], lines[-2]["iteration"]}
 
 
 def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import jax
 
@@ -49,22 +50,29 @@ def command(config: str, workdir: pathlib.Path, **overrides) -> list[str]:
   return [*program, f"--config=configs/{config}", f"--workdir={workdir}", *flags]
 
 
-def environment() -> dict[str, str]:
-  """Variables for a child process on one CPU device, which compiles as the suite itself does."""
+def environment(devices: int = 1) -> dict[str, str]:
+  """Variables for a child process on CPU devices, which compiles as the suite itself does."""
   return os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }
 
 
-def start(config: str, workdir: pathlib.Path, **overrides) -> subprocess.Popen:
-  """Starts a tiny run in a process of its own."""
+def start(
+  config: str,
+  workdir: pathlib.Path,
+  *,
+  flags: Sequence[str] = (),
+  devices: int = 1,
+  **overrides,
+) -> subprocess.Popen:
+  """Starts a tiny run in a process of its own; `flags` are other than the config's."""
   return subprocess.Popen(
-    command(config, workdir, **overrides),
+    [*command(config, workdir, **overrides), *flags],
     cwd=REPOSITORY,
-    env=environment(),
+    env=environment(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -72,10 +80,10 @@ def start(config: str, workdir: pathlib.Path, **overrides) -> subprocess.Popen:
 
 
 def metrics_without_timings(workdir: pathlib.Path) -> list[str]:
-  """Lines of metrics.jsonl with the fields that tell seconds taken out, other bytes as they are."""
+  """Lines of metrics.jsonl without the fields that seconds go into, other bytes as they are."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   kept = []
   for line in lines:
-    fields = json.loads(line)
-    kept.append(json.dumps({k: v for k, v in fields.items() if not k.startswith("time/")}))
+    fields = json.loads(line).items()
+    kept.append(json.dumps({k: v for k, v in fields if not k.startswith(("time/", "speed/"))}))
   return kept

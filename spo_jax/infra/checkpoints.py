@@ -3,14 +3,23 @@
 import contextlib
 import dataclasses
 import io
-import pathlib
-from typing import Any
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from spo_jax.errors import UserError
+from spo_jax.infra import hosts
+
+T = TypeVar("T")
+
+_SCORE = "score"  # name of a checkpoint's metric
 
 
 class Checkpoints:
@@ -18,19 +27,72 @@ class Checkpoints:
   a run has them, host arrays of shapes that change.
   """
 
-  def __init__(self, directory: pathlib.Path, *, keep: int):
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int, keep_best: int = 0):
     """Opens the folder, which is made if it does not exist; what a killed process left half written
     is removed.
+
+    Args:
+      directory: local or gs://.
+      keep: newest checkpoints that are kept.
+      keep_best: others that are kept, those with the best score.
     """
-    self._directory = pathlib.Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(
-      self._directory, options=options, item_names=("arrays", "record", "host_arrays")
+    best = managers.BestN(
+      get_metric_fn=lambda metrics: metrics[_SCORE],
+      n=keep_best,
+      keep_checkpoints_without_metrics=False,
     )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), best]),
+      cleanup_tmp_directories=True,
+    )
+    try:
+      folder = epath.Path(directory)
+      self._directory = folder if "://" in str(directory) else folder.absolute()
+      self._manager = ocp.CheckpointManager(
+        self._directory, options=options, item_names=("arrays", "record", "host_arrays")
+      )
+    # The last of a bucket for which a package is missing, which it names.
+    except (OSError, ImportError) as error:
+      reason = getattr(error, "strerror", None) or error
+      raise UserError(f"checkpoints cannot be kept in {directory}: {reason}") from error
 
   def latest(self) -> int | None:
     """Step of the newest whole checkpoint."""
     return self._manager.latest_step()
+
+  def read_newest(self, read: Callable[[int], T], note: Callable[[str], None]) -> T | None:
+    """read(step) of the newest checkpoint that can be read; None if there are none.
+
+    Newer ones, which are damaged, are moved to a folder beside this one, and told of.
+
+    Raises:
+      UserError: if there are some, and none can be read; that of the newest.
+    """
+    errors: dict[int, UserError] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        found = read(step)
+      except UserError as error:
+        errors[step] = error
+      if hosts.any_of(step in errors):
+        errors.setdefault(step, UserError("another process cannot read it"))
+        continue
+      for damaged, error in errors.items():
+        self._set_aside(damaged)
+        note(f"{error}; set aside, resuming from {step}")
+      return found
+    if errors:
+      raise errors[max(errors)]
+    return None
+
+  def _set_aside(self, step: int) -> None:
+    damaged = self._directory.parent / f"{self._directory.name}_damaged" / str(step)
+    if hosts.is_first():
+      damaged.parent.mkdir(exist_ok=True)
+      damaged.rmtree(missing_ok=True)
+      (self._directory / str(step)).rename(damaged)
+    hosts.meet(f"checkpoint {step} is set aside")
+    self._manager.reload()
 
   def save(
     self,
@@ -38,12 +100,19 @@ class Checkpoints:
     arrays: Any,
     record: dict[str, Any],
     host_arrays: dict[str, np.ndarray] | None = None,
+    score: float | None = None,
   ) -> None:
-    """Begins to write a checkpoint; the arrays are copied before this returns."""
+    """Begins to write a checkpoint; the arrays are copied before this returns.
+
+    Raises:
+      UserError: if this one or the one before cannot be written.
+    """
     items = {"arrays": ocp.args.StandardSave(arrays), "record": ocp.args.JsonSave(record)}
     if host_arrays is not None:
       items["host_arrays"] = ocp.args.StandardSave({"npz": _to_bytes(host_arrays)})
-    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    metrics = None if score is None else {_SCORE: score}
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
   def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     """Reads the pytree of arrays and the dictionary of a checkpoint.
@@ -84,18 +153,39 @@ class Checkpoints:
     except Exception as error:  # Orbax, TensorStore and JSON raise a dozen kinds for a damaged file
       reason = str(error).strip().split("\n")[0][:160]
       raise UserError(
-        f"checkpoint {self._directory / str(step)} cannot be read; it is damaged (delete that "
-        "folder to go on from the one before) or of another model: "
+        f"checkpoint {self._directory / str(step)} cannot be read: it is damaged or of "
+        "another model (delete that folder to begin anew): "
         f"{type(error).__name__}: {reason}"
       ) from error
 
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    except Exception as error:  # of the file system, told by Orbax and TensorStore in their ways
+      reason = " ".join(str(error).split())[-160:]  # what the system said comes last
+      raise UserError(
+        f"a checkpoint cannot be written to {self._directory}: {type(error).__name__}: {reason}; "
+        "the ones before are whole, and the same command resumes from the newest"
+      ) from error
+
   def wait(self) -> None:
-    """Waits until what was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until what was saved is on disk.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and lets the folder go."""
-    self._manager.close()
+    """Waits, and lets the folder go.
+
+    Raises:
+      UserError: as `wait`.
+    """
+    with self._writing():
+      self._manager.close()
 
 
 def _to_bytes(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -120,3 +210,6 @@ class Counters:
   tokens_sampled: int = 0
   tokens_trained: int = 0
   elapsed_s: float = 0.0  # up to the checkpoint, all processes of the run together
+  # Unix time at which the run began; one without a checkpoint begins anew.
+  began_at: float = dataclasses.field(default_factory=time.time)
+  trained_s: float = 0.0  # in iterations, from their sampling to the end of their update

@@ -7,13 +7,23 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.errors import UserError
+from spo_jax.infra import hosts
 
-ROWS = ("data", "fsdp")  # mesh axes that the rows of batches, prefixes and caches are split over
+AXES = ("data", "fsdp", "sequence", "tensor")
 
-SPREAD = ("fsdp", "tensor")  # mesh axes that the weights of decode are split over
+# Mesh axes that rows are split over: those of prompts, prefixes and caches, and packed rows, whose
+# tokens are split over "sequence".
+ROWS = ("data", "fsdp", "sequence")
+PACKED_ROWS = ("data", "fsdp")
+
+# Mesh axes that the weights of decode are split over. `tensor` first: when rows are split over fsdp
+# again, what `tensor` alone splits are then runs of channels, and the compiler need not gather all.
+SPREAD = ("tensor", "fsdp")
+_BESIDE_SPREAD = ("data", "sequence")
 
 # Logical axis of a parameter -> mesh axis. An axis that its mesh axis does not divide stays whole.
 PARAM_RULES = {
@@ -26,39 +36,65 @@ PARAM_RULES = {
 
 
 def make_mesh(
-  data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+  data: int,
+  fsdp: int,
+  tensor: int,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  sequence: int = 1,
 ) -> Mesh:
-  """The mesh of the first data * fsdp * tensor devices; an axis of -1 takes all that are left.
+  """The mesh of the first devices, as many as its axes want; an axis of -1 takes all that are left.
 
   Args:
     data: devices along the axis.
     fsdp: likewise.
     tensor: likewise.
-    devices: what the mesh is made of; None is all of this machine.
+    devices: what the mesh is made of; None is all of the run's hosts.
+    sequence: devices along the axis.
 
   Raises:
     UserError: if the axes do not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  data, fsdp, tensor = mesh_shape(data, fsdp, tensor, len(devices))
-  size = data * fsdp * tensor
-  if size > len(devices):
-    raise UserError(
-      f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} needs {size} devices, "
-      f"there are {len(devices)}"
-    )
-  grid = np.asarray(devices[:size]).reshape(data, fsdp, tensor)
-  return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  shape = mesh_shape(data, fsdp, tensor, len(devices), sequence=sequence)
+  if (size := math.prod(shape)) > len(devices):
+    text = " x ".join(f"{name} {n}" for name, n in zip(AXES, shape, strict=True))
+    raise UserError(f"mesh: {text} needs {size} devices, there are {len(devices)}")
+  return Mesh(_grid(devices[:size], shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-  """Sizes of the axes, with what is left of a number of devices for the one that is -1.
+def _grid(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+  """Devices in an order in which neighbours along the inner axes are near each other.
+
+  TPUs are laid out by their links; of several slices, joined by a slower network, each has whole
+  parts of the data axis. Other devices come host by host.
+  """
+  if devices[0].platform != "tpu":
+    return np.asarray(devices).reshape(shape)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  data, *inner = shape
+  if data % slices:
+    raise UserError(f"mesh: data {data} must be a multiple of the {slices} slices of the pod")
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // slices, *inner),
+    (slices, *[1] * len(inner)),
+    devices,
+    allow_split_physical_axes=True,
+  )
+
+
+def mesh_shape(
+  data: int, fsdp: int, tensor: int, devices: int, *, sequence: int = 1
+) -> tuple[int, ...]:
+  """Sizes of `AXES`, with what is left of a number of devices for the one that is -1.
 
   Raises:
     UserError: if an axis is neither positive nor -1, two are -1, or the others do not divide the
       number of devices.
   """
-  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
   text = ", ".join(f"{name} {size}" for name, size in sizes.items())
   open_axes = [name for name, size in sizes.items() if size == -1]
   if len(open_axes) > 1 or any(size < 1 for size in sizes.values() if size != -1):
@@ -68,12 +104,17 @@ def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
     if devices % fixed:
       raise UserError(f"mesh: {text}: {fixed} does not divide the {devices} devices")
     sizes[open_axes[0]] = devices // fixed
-  return sizes["data"], sizes["fsdp"], sizes["tensor"]
+  return tuple(sizes[name] for name in AXES)
 
 
 def row_shards(mesh: Mesh) -> int:
-  """Number of parts that rows are split into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  """Number of parts that rows of prompts are split into."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def packed_row_shards(mesh: Mesh) -> int:
+  """Number of parts that packed rows are split into."""
+  return math.prod(mesh.shape[axis] for axis in PACKED_ROWS)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -83,7 +124,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 def shard_rows(mesh: Mesh, tree):
   """Puts arrays on the mesh, split over their rows."""
-  return jax.device_put(tree, row_sharding(mesh))
+  return hosts.put(tree, lambda _: row_sharding(mesh))
 
 
 def keep_rows_split(tree, rows: NamedSharding | None):
@@ -104,6 +145,14 @@ def _pin_leading_axis(tree, mesh: Mesh, axis):
   return jax.tree.map(pin, tree)
 
 
+def split_tokens(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+  """What each token of packed rows has, [B, T, ...], split over the devices of a row."""
+  if mesh is None or mesh.shape["sequence"] == 1:
+    return x
+  spec = PartitionSpec(PACKED_ROWS, "sequence", *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 2))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def in_turn(move: Callable[[Any], Any], trees: Sequence[Any]) -> list[Any]:
   """[move(tree) for tree in trees], one after the other, inside a compiled function.
 
@@ -120,8 +169,8 @@ def in_turn(move: Callable[[Any], Any], trees: Sequence[Any]) -> list[Any]:
 
 def shard_batch(mesh: Mesh, batch):
   """Puts a batch of [M, B, ...] arrays on the mesh, split over B; arrays [M] go to every device."""
-  spec = lambda x: PartitionSpec(None, ROWS) if x.ndim > 1 else PartitionSpec()
-  return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), batch)
+  spec = lambda x: PartitionSpec(None, PACKED_ROWS) if x.ndim > 1 else PartitionSpec()
+  return hosts.put(batch, lambda x: NamedSharding(mesh, spec(x)))
 
 
 def param_shardings(mesh: Mesh, boxed_params):
@@ -187,14 +236,14 @@ def spread_shardings(mesh: Mesh, boxed_params):
 
 def gather_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
   """Rows as they meet weights of `spread_shardings`: on each device that holds a part of those."""
-  return x if mesh is None else _pin_leading_axis(x, mesh, "data")
+  return x if mesh is None else _pin_leading_axis(x, mesh, _BESIDE_SPREAD)
 
 
 def split_channels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
   """What such a weight gives for these rows, where it is made: split along the last axis."""
   if mesh is None or x.shape[-1] % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
     return x
-  spec = PartitionSpec("data", *[None] * (x.ndim - 2), SPREAD)
+  spec = PartitionSpec(_BESIDE_SPREAD, *[None] * (x.ndim - 2), SPREAD)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

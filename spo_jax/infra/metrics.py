@@ -1,4 +1,4 @@
-"""What a run records: one JSON object a line in `metrics.jsonl`, mirrored to TensorBoard."""
+"""What a run records: one JSON object a line in `metrics.jsonl`, mirrored to sinks."""
 
 import hashlib
 import json
@@ -6,19 +6,13 @@ import math
 import numbers
 import os
 import pathlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
 from spo_jax.errors import UserError
+from spo_jax.infra.sinks import Sink
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
-TENSORBOARD_FLUSH_S = 10
 
 Path = str | os.PathLike[str]
 
@@ -84,19 +78,23 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-  """Appends to `metrics.jsonl`, and mirrors scalars to TensorBoard events.
+  """Appends to `metrics.jsonl`, and mirrors its numbers to sinks.
 
   Every line reaches the operating system before `write` returns, so a killed process loses at most
   the line it was writing. A checkpoint stores `position()`; the resumed run hands it to `restore`.
   """
 
-  def __init__(self, workdir: Path):
-    """Opens the files of `workdir`, which is made if it does not exist."""
+  def __init__(self, workdir: Path, sinks: Sequence[Sink] = ()):
+    """Opens the record of `workdir`, which is made if it does not exist.
+
+    Args:
+      workdir: The folder.
+      sinks: Where lines go too; the writer closes them.
+    """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / METRICS_FILE
-    self._tensorboard_dir = workdir / TENSORBOARD_DIR
-    self._events: EventFileWriter | None = None
+    self._sinks = sinks
     self._file = open(self._path, "ab", buffering=0)
     content = self._path.read_bytes()
     # A torn last line would swallow the next one.
@@ -108,37 +106,27 @@ class MetricWriter:
     self._hash = hashlib.sha256(content)
 
   def write(self, metrics: Mapping[str, float | int]) -> None:
-    """Appends one line; the TensorBoard step is its `iteration`."""
+    """Appends one line; its step in the sinks is its `iteration`."""
     line = json_line(metrics)
     self._file.write(line)
     self._bytes += len(line)
     self._hash.update(line)
-    self._mirror(int(metrics["iteration"]), metrics)
-
-  def _mirror(self, step: int, metrics: Mapping[str, float | int]) -> None:
-    """Adds an event with the numbers of a line."""
-    if self._events is None:
-      self._events = EventFileWriter(
-        str(self._tensorboard_dir), flush_secs=TENSORBOARD_FLUSH_S, filename_suffix=f".{step}"
-      )
-      # Events of an earlier process at this step and later are not shown: they are made anew.
-      begins = SessionLog(status=SessionLog.START)
-      self._events.add_event(Event(wall_time=time.time(), step=step, session_log=begins))
     plain = {key: _plain(value) for key, value in metrics.items() if key != "iteration"}
-    values = [
-      Summary.Value(tag=key, simple_value=value)
-      for key, value in plain.items()
-      if value is not None
-    ]
-    event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-    self._events.add_event(event)
+    finite = {key: value for key, value in plain.items() if value is not None}
+    for sink in self._sinks:
+      sink.add(int(metrics["iteration"]), finite)
 
   def position(self) -> dict[str, int | str]:
-    """Where the record stands: its size and the SHA-256 of its content. Goes into a checkpoint."""
-    return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+    """Where the record stands: its size, the SHA-256 of its content, and that. Goes into a
+    checkpoint, which may outlive the disk that the record is on.
+    """
+    content = self._path.read_bytes()[: self._bytes].decode()
+    return {"bytes": self._bytes, "sha256": self._hash.hexdigest(), "content": content}
 
   def restore(self, position: Mapping[str, int | str]) -> None:
     """Cuts the record back to what it was at `position()`; the resumed run makes the rest anew.
+
+    A record that is gone, as on a new machine, is written again.
 
     Args:
       position: What `position()` returned when the checkpoint was made.
@@ -148,6 +136,9 @@ class MetricWriter:
     """
     size = int(position["bytes"])
     content = self._path.read_bytes()
+    if not content:
+      content = str(position["content"]).encode()
+      self._path.write_bytes(content)
     advice = "put the file back, or train in a new workdir"
     if len(content) < size:
       raise UserError(
@@ -157,22 +148,44 @@ class MetricWriter:
     if hashlib.sha256(content).hexdigest() != position["sha256"]:
       raise UserError(f"{self._path} is not the file that the checkpoint was made with: {advice}")
     self._keep(content)
-    if self._events is not None:
-      self._events.close()
-      self._events = None
+    for sink in self._sinks:
+      sink.restart()
 
   def clear(self) -> None:
     """Empties the record, for a run that begins, or begins again before its first checkpoint."""
     self._keep(b"")
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the record and the sinks."""
     self._file.close()
-    if self._events is not None:
-      self._events.close()
+    for sink in self._sinks:
+      sink.close()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
     self.close()
+
+
+class NoWriter:
+  """Stands for a `MetricWriter` in the processes that write nothing."""
+
+  def write(self, metrics: Mapping[str, float | int]) -> None:
+    """Does nothing."""
+
+  def position(self) -> dict[str, int | str]:
+    """Nothing; the first process's position goes into the checkpoint."""
+    return {}
+
+  def restore(self, position: Mapping[str, int | str]) -> None:
+    """Does nothing."""
+
+  def clear(self) -> None:
+    """Does nothing."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass

@@ -7,6 +7,7 @@ is written whole and at once.
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -201,6 +202,13 @@ class Progress:
 
   def __exit__(self, *_):
     self.close()
+
+
+@contextlib.contextmanager
+def open_progress(iterations: int, *, visible: bool) -> Iterator[Progress]:
+  """A `Progress` on standard output, or one that nobody sees: of the hosts of a run one tells."""
+  with open(os.devnull, "w") as nowhere, Progress(iterations, None if visible else nowhere) as made:
+    yield made
 
 
 def _join(fields: list[tuple[str, str, int]]) -> str:

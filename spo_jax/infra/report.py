@@ -1,17 +1,15 @@
-"""Writes the report of a run: `python -m spo_jax.infra.report WORKDIR` makes one HTML page.
+"""The report of a run, one HTML page; `spo_jax/report.py` is its command line.
 
 The page can be made at any time, also while the run is under way. It reads from the workdir, each
 if it is there: `config.json`, `metrics.jsonl`, `warm_start.jsonl`, `rollouts/first.json` and
 `rollouts/last.json`.
 """
 
-import argparse
 import html
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from spo_jax.errors import UserError
@@ -223,19 +221,3 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   unfinished.write_bytes(content)
   unfinished.replace(path)
   return path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Command line: writes the report and prints where it is."""
-  parser = argparse.ArgumentParser(prog="python -m spo_jax.infra.report", description=__doc__)
-  parser.add_argument("workdir", help="folder of the run")
-  try:
-    print(write_report(parser.parse_args(argv).workdir))
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -292,7 +292,7 @@ class Decoder(nn.Module):
       (states, list of the caches of the layers that have run).
     """
     c = self.cfg
-    kinds = c.layer_kinds
+    kinds = _period(c.layer_kinds)
     turns = most // len(kinds)
     if turns < 2:
       return x_BxTxD, []
@@ -318,9 +318,21 @@ class Decoder(nn.Module):
     return x_BxTxD, [cache for i in range(turns) for cache in of_turn(i)]
 
 
+def _period(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+  """The shortest beginning that all of it repeats."""
+  repeats = lambda size: all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+  return kinds[: next(size for size in range(1, len(kinds) + 1) if repeats(size))]
+
+
 def block_name(layer: int) -> str:
   """Name of a layer's parameters."""
   return f"block_{layer}"
+
+
+def weights_per_token(cfg: DecoderConfig, params) -> int:
+  """Parameters of the blocks and of the unembedding, with which every token is multiplied."""
+  blocks = [params[block_name(layer)] for layer in range(cfg.layers)]
+  return sum(x.size for x in jax.tree.leaves(blocks)) + cfg.width * cfg.vocab_size
 
 
 def forward(

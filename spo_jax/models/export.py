@@ -3,6 +3,7 @@
 The names of the files, and which tensors there are, are those that `pretrained.py` reads.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from spo_jax.errors import UserError
+from spo_jax.infra import hosts
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.models.families import parameter_table, to_hf
 from spo_jax.models.pretrained import (
@@ -88,7 +90,7 @@ def export_model(
   """Writes a folder that `transformers` loads: weights, config.json, tokenizer.
 
   Args:
-    params: parameters of the decoder, on any devices that this process can read.
+    params: parameters of the decoder, on any devices of the run; the first process writes them.
     cfg: its geometry.
     hf: its config.json.
     tokenizer: its tokenizer; None writes none.
@@ -100,12 +102,17 @@ def export_model(
   Raises:
     UserError: as `check_export`.
   """
-  check_export(folder)
   dtypes = {}
   if source is not None:
     dtypes = {name: DTYPES[t.dtype] for name, t in check_tensors(source, cfg).items()}
   shards = _plan_shards(cfg, dtypes, shard_bytes)
   paths = {name: (path, kind) for path, (name, kind) in parameter_table(cfg).items()}
+  fetch = lambda name: hosts.fetch(at_path(params, paths[name][0]))
+  if not hosts.is_first():
+    for name in itertools.chain(*shards.values()):
+      fetch(name)
+    return
+  check_export(folder)
   unfinished = pathlib.Path(
     tempfile.mkdtemp(prefix=f"{folder.name}-incomplete-", dir=folder.parent)
   )
@@ -113,8 +120,7 @@ def export_model(
     for file, names in shards.items():
       tensors = {}
       for name in names:
-        path, kind = paths[name]
-        tensor = to_hf(kind, np.asarray(at_path(params, path)))
+        tensor = to_hf(paths[name][1], fetch(name))
         tensors[name] = np.ascontiguousarray(tensor, dtype=dtypes.get(name, "float32"))
       # transformers refuses files that do not say which framework's layout they have.
       save_file(tensors, unfinished / file, metadata={"format": "pt"})

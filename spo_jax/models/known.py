@@ -41,6 +41,15 @@ _QWEN_1_5B = _QWEN | {
   "num_key_value_heads": 2,
 }
 
+_QWEN_7B = _QWEN | {
+  "hidden_size": 3584,
+  "intermediate_size": 18944,
+  "num_attention_heads": 28,
+  "num_hidden_layers": 28,
+  "num_key_value_heads": 4,
+  "vocab_size": 152064,
+}
+
 _QWEN_0_5B = _QWEN | {
   "hidden_size": 896,
   "intermediate_size": 4864,
@@ -56,6 +65,8 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
   "realtreetune/deepseekmath-7b-sft-MATH-v2": _DEEPSEEK_MATH,
   # As its derivatives bluryar/DeepSeek-R1-Distill-Qwen-1.5B-sft and rohinm/model have it.
   "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN_1_5B
+  | {"max_position_embeddings": 131072, "rope_theta": 10000, "tie_word_embeddings": False},
+  "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN_7B
   | {"max_position_embeddings": 131072, "rope_theta": 10000, "tie_word_embeddings": False},
   # As nbeerbower/Dumpling-Qwen2.5-1.5B and OrangeEye/qwen-25-1.5b-base-sft have it.
   "Qwen/Qwen2.5-1.5B": _QWEN_1_5B

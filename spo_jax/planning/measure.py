@@ -1,14 +1,15 @@
-"""Programs compiled, and their memory per chip."""
+"""Programs compiled: their memory per chip, and what chips send one another."""
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.errors import JaxRuntimeError
 
 from spo_jax.infra.topology import GIB
+from spo_jax.planning.collectives import SUMS, Collective, collectives
 from spo_jax.planning.programs import Program, Setup
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -40,6 +41,7 @@ class Measured:
   # Of one layer, where two numbers of them were compiled.
   layer_flops: float | None = None
   layer_accessed: float | None = None
+  sent: tuple[Collective, ...] = ()
 
   @property
   def total(self) -> float:
@@ -91,6 +93,7 @@ def measure(program: Program) -> Measured:
     beside,
     flops=cost.get("flops", 0.0),
     accessed=cost.get("bytes accessed", 0.0),
+    sent=tuple(collectives(compiled.as_text())),
   )
 
 
@@ -114,25 +117,38 @@ def measure_all(
     setup: the run.
     programs: one of the generators of `programs.py`.
     layers: () compiles the model; two numbers compile it with so many layers each, and the sizes
-      are the line through the two, at the model's own number.
+      are the line through the two, at the model's own number. Of some programs the model itself is
+      compiled in any case, see `Program.whole`.
     note: tells the user a line.
     only: the name of the one program that is wanted.
   """
-  found = []
-  for count in layers or (setup.model.layers,):
-    part = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=count))
-    found.append([])
-    for program in programs(part):
-      if only in (None, program.name):
-        result = measure(program)
-        note(
-          f"compiled {result.phase}/{result.name}, {count} layers: {result.seconds:.0f} s, "
-          f"{result.total / GIB:.2f} GiB at once"
-        )
-        found[-1].append(result)
-  if not layers:
-    return found[0]
-  return [_extend_line(*pair, layers, setup.model.layers) for pair in zip(*found, strict=True)]
+  wanted = lambda count: [
+    program for program in programs(_with_layers(setup, count)) if only in (None, program.name)
+  ]
+
+  def compiled(program: Program, count: int) -> Measured:
+    result = measure(program)
+    note(
+      f"compiled {result.phase}/{result.name}, {count} layers: {result.seconds:.0f} s, "
+      f"{result.total / GIB:.2f} GiB at once"
+    )
+    return result
+
+  every = setup.model.layers
+  ends = [
+    {program.name: compiled(program, count) for program in wanted(count) if not program.whole}
+    for count in layers
+  ]
+  return [
+    compiled(program, every)
+    if program.whole or not layers
+    else _extend_line(*(end[program.name] for end in ends), layers, every)
+    for program in wanted(every)
+  ]
+
+
+def _with_layers(setup: Setup, count: int) -> Setup:
+  return dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=count))
 
 
 def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> Measured:
@@ -151,4 +167,21 @@ def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> 
   if compiled:
     of_layer = lambda name: (getattr(b, name) - getattr(a, name)) / (layers[1] - layers[0])
     line |= {f"layer_{name}": of_layer(name) for name in _COSTS}
-  return dataclasses.replace(a, **line, seconds=a.seconds + b.seconds, compiled=compiled)
+  sent = _sent_on_line(a.sent, b.sent, share)
+  return dataclasses.replace(a, **line, seconds=a.seconds + b.seconds, compiled=compiled, sent=sent)
+
+
+def _sent_on_line(
+  a: Sequence[Collective], b: Sequence[Collective], share: float
+) -> tuple[Collective, ...]:
+  """Collectives by kind and depth; what one of the two programs does not have is 0 of it."""
+  pairs = [{(one.kind, one.loops): one for one in sent} for sent in (a, b)]
+  found = []
+  for key in dict.fromkeys((*pairs[1], *pairs[0])):
+    one, other = (sent.get(key, Collective(*key, 0, 0.0, 0.0)) for sent in pairs)
+    on_line = lambda name, one=one, other=other: (
+      getattr(one, name) + share * (getattr(other, name) - getattr(one, name))
+    )
+    values = {name: max(0.0, on_line(name)) for name in SUMS}
+    found.append(dataclasses.replace(one, **values))
+  return tuple(found)

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax.infra.mesh import row_shards
+from spo_jax.infra.speed import TRAIN_FLOPS
 from spo_jax.models.decoder import DecoderConfig
 from spo_jax.planning.measure import Measured
 from spo_jax.planning.programs import Setup, abstract_params, decoded_at_once, decoded_levels
 
-TRAIN_FLOPS = 6  # a weight and token: a product forwards and two backwards, of 2 FLOPs each
 REMAT_FLOPS = 8  # the same with the forward product once more, which "dots" keeps
 FORWARD_FLOPS = 2  # a weight and token
 ATTENTION_FLOPS = 4  # a key and a number of a query: a product with the key, one with the value

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.config import Config
-from spo_jax.infra.mesh import ROWS, param_shardings, row_sharding, row_shards
+from spo_jax.infra.mesh import PACKED_ROWS, param_shardings, row_sharding, row_shards
 from spo_jax.learner import loss_config, most_pairs, needs_reference, pack_config
 from spo_jax.models.attention import stored
 from spo_jax.models.decode_weights import decode_weights
@@ -57,6 +57,9 @@ class Program:
   phase: str  # "update", "sampling" or "evaluation"
   lower: Callable[[], jax.stages.Lowered]
   beside: Any  # a pytree of shapes with shardings
+  # Compiled with all layers even where others are with few: it takes no longer, or not much, and a
+  # line would mislead.
+  whole: bool = False
 
 
 def abstract_params(setup: Setup):
@@ -107,7 +110,7 @@ def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
   J, N = T // cfg.key_block, T // cfg.query_block
 
   def array(dtype, *shape):
-    spec = PartitionSpec(None, ROWS) if len(shape) > 1 else PartitionSpec()
+    spec = PartitionSpec(None, PACKED_ROWS) if len(shape) > 1 else PartitionSpec()
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
   return PackedForest(
@@ -167,6 +170,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
       params=state.params if loss_cfg.importance_cap else None,
     ),
     beside=state if critic is None else (state, critic.opt_state),
+    whole=setup.model.scan_layers,
   )
   step = compiled_step(train_step, state)
   forward_kl = reference if config.loss.forward_kl_coef else None
@@ -177,6 +181,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
       setup.model, loss_cfg, config.optimizer, state, prepared, count, count, coef, forward_kl
     ),
     beside=reference if critic is None else (reference, critic),
+    whole=setup.model.scan_layers,
   )
   if critic is not None:
     value_step = compiled_step(critic_step, critic)
@@ -187,6 +192,7 @@ def update_programs(setup: Setup) -> Iterator[Program]:
         setup.model, loss_cfg, config.critic_optimizer, critic, prepared, count, count
       ),
       beside=(reference, state),
+      whole=setup.model.scan_layers,
     )
 
 
@@ -364,6 +370,7 @@ def _extend(setup: Setup, sampler: Sampler, level: Level, label: str = "") -> Pr
       *_in_rows(setup, (jax.eval_shape(empty), index)),
     ),
     beside=(abstract_state(setup), _reference(setup)),
+    whole=True,  # its layers take turns with one buffer, which two of them do not fill
   )
 
 

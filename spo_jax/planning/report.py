@@ -22,6 +22,10 @@ _ADVICE = {
   "evaluation": "a smaller config.eval.batch, fewer config.rollout.slots, a (smaller) "
   "config.rollout.prefill_chunk",
 }
+_SENT_NOTE = (
+  "MiB: that a chip receives, in one turn of each loop; in stated turns: times the turns of the "
+  "loops that say how many"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,9 @@ def lines(plan: Plan) -> list[str]:
   ]
   if plan.layers:
     a, b = plan.layers
-    out.append(f"sizes are on the line through compilations with {a} and {b} layers")
+    whole = "updates and extend" if setup.model.scan_layers else "extend"
+    line = f"sizes are on the line through compilations with {a} and {b} layers"
+    out.append(f"{line}, but for {whole}, compiled with all")
   state = plan.state()
   parts = ", ".join(f"{part} {size(count)}" for part, count in state.items())
   out += ["", f"state: {parts}; {size(sum(state.values()))} {name} a chip", ""]
@@ -137,6 +143,10 @@ def lines(plan: Plan) -> list[str]:
   if plan.programs:
     out += _aligned(rows)
     out += ["", "beside: what lies on the chip meanwhile and is no argument of the program", ""]
+  sent = [row for p in plan.programs for row in _sent_rows(p)]
+  if sent:
+    head = ("collectives", "kind", "in", "count", "MiB", "MiB in stated turns")
+    out += [*_aligned([head, *sent]), "", _SENT_NOTE, ""]
   out += [_largest_line(entry, size, name) for entry in plan.largest]
   out += [""] if plan.largest else []
   if plan.costs:
@@ -155,6 +165,21 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
   widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
   align = lambda cell, i: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])
   return ["  ".join(align(cell, i) for i, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def _sent_rows(program: Measured) -> list[tuple[str, ...]]:
+  """The collectives of a program."""
+  where = ("the program", "a loop", "a loop in a loop", "a loop, three deep")
+  return [
+    (
+      f"{program.phase}: {program.name}",
+      one.kind,
+      where[min(one.loops, len(where) - 1)],
+      f"{one.count:.0f}",
+      *(f"{received / MIB:.4g}" for received in (one.received, one.received_in_stated_turns)),
+    )
+    for one in program.sent
+  ]
 
 
 def _cost(cost: Cost) -> tuple[str, ...]:

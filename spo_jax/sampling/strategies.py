@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from spo_jax.forest import Forest, ForestBuilder
+from spo_jax.infra import hosts
 from spo_jax.sampling import verbs
 from spo_jax.sampling.sampler import Sampler, child_keys, draw_keys
 
@@ -54,7 +55,7 @@ def grow_tree(
       keys=draw_keys(keys),
     )
     segments = sampler.decode(params, prefix, groups, max_new_tokens=budget, keep_cache=not last)
-    host = jax.device_get(segments._replace(cache=()))
+    host = hosts.fetch(segments._replace(cache=()))
     wanted = host.lengths > 0
     children = np.full(wanted.shape, -1, np.int32)
     children[wanted] = _add_segments(
@@ -121,7 +122,7 @@ def grow_chain(
     keys=draw_keys(keys),
   )
   segments = sampler.decode(params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=True)
-  host = jax.device_get(segments._replace(cache=()))
+  host = hosts.fetch(segments._replace(cache=()))
   tokens, logprobs = (x.reshape(-1, max_new_tokens) for x in (host.tokens, host.logprobs))
   mask = np.arange(max_new_tokens) < host.lengths.reshape(-1, 1)
   cuts = np.array(partition(tokens, logprobs, mask))
@@ -158,7 +159,7 @@ def grow_chain(
       ),
       keys=draw_keys(probe_keys.reshape(wanted.shape)),
     )
-    host = jax.device_get(
+    host = hosts.fetch(
       sampler.decode(params, prefix, groups, max_new_tokens=max_new_tokens, keep_cache=False)
     )
     parents = spread(before_cut[trajectory[:, None], position])

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.algorithms import critic, losses, masking, preference
+from spo_jax.infra import hosts
+from spo_jax.infra.mesh import split_tokens
 from spo_jax.models.attention import PackedContext, attend_packed
 from spo_jax.models.decoder import DecoderConfig, forward, unembedding
 from spo_jax.training.packing import PackedForest
@@ -87,9 +90,8 @@ def forest_states(cfg: DecoderConfig, params, batch: PackedForest) -> jax.Array:
   """
   context = PackedContext(batch.until, batch.key_blocks)
   read = jnp.maximum(batch.prev, 0)
-  hidden_BxRxD, _ = forward(
-    cfg, attend_packed, params, batch.tokens, batch.positions, context, read_BxR=read
-  )
+  tokens, positions = (split_tokens(cfg.mesh, x) for x in (batch.tokens, batch.positions))
+  hidden_BxRxD, _ = forward(cfg, attend_packed, params, tokens, positions, context, read_BxR=read)
   return hidden_BxRxD
 
 
@@ -129,7 +131,7 @@ def forest_logprobs(
 def with_value_head(params, mesh: Mesh):
   """Parameters with a value head of zeros: V = 0 at first, and GAE the return."""
   width = params["embedding"].shape[1]
-  head = jax.device_put(jnp.zeros(width), NamedSharding(mesh, PartitionSpec()))
+  head = hosts.put(np.zeros(width, np.float32), lambda _: NamedSharding(mesh, PartitionSpec()))
   return params | {VALUE_HEAD: head}
 
 

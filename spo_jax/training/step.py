@@ -66,8 +66,9 @@ def state_shardings(params, optimizer_cfg: OptimizerConfig) -> TrainState:
 
 def init_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
   """The state before the first update, where `state_shardings` puts it."""
-  state = new_state(params, optimizer_cfg)
-  return jax.device_put(state, state_shardings(params, optimizer_cfg))
+  lies = state_shardings(params, optimizer_cfg)
+  rest = jax.jit(lambda params: new_state(params, optimizer_cfg)[1:], out_shardings=lies[1:])
+  return TrainState(params, *rest(params))
 
 
 @functools.cache
@@ -220,7 +221,8 @@ def train_step(
 
   Returns:
     (state, metrics): scalars `loss`, `kl` (to the reference policy, mean a token), `policy_kl` (to
-    the policy of the old log-probs), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`;
+    the policy of the old log-probs), `clip_fraction`, `ratio`, `grad_norm`, `tokens`, `skipped`,
+    `unstable` (skipped, though there were tokens);
     `logprob_gap` and `importance_weight` (means a token; see `SamplerSums`), `forward_kl` (mean a
     token), `pairs_ordered` and `pairs_lowered` (shares; see `PreferenceSums`), and those of
     `critic_step`, where there are such.
@@ -229,9 +231,11 @@ def train_step(
     cfg, loss_cfg, state.params, batch, start, count, kl_coef, ref_params
   )
   near = metrics["ratio"] <= loss_cfg.ratio_threshold if loss_cfg.kind == "ppo_clip" else True
-  skipped = ~(near & jnp.isfinite(metrics["grad_norm"]) & (metrics["tokens"] > 0))
+  unstable = ~(near & jnp.isfinite(metrics["grad_norm"]))
+  skipped = unstable | (metrics["tokens"] == 0)
   state = _unless(skipped, _apply(optimizer_cfg, state, grads), state)
-  return state, metrics | {"skipped": skipped.astype(jnp.float32)}
+  told = {"skipped": skipped, "unstable": unstable & (metrics["tokens"] > 0)}
+  return state, metrics | {name: flag.astype(jnp.float32) for name, flag in told.items()}
 
 
 @_in_place

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.data import source
-from spo_jax.errors import UserError
+from spo_jax.errors import Stopped, UserError
 from spo_jax.evaluation import accuracy
 from spo_jax.forest import ForestBuilder
+from spo_jax.infra import hosts, stopping
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.mesh import shard_batch
 from spo_jax.run import Run
@@ -65,6 +66,9 @@ def warm_start(run: Run) -> Any:
 
   Returns:
     Parameters, sharded.
+
+  Raises:
+    Stopped: if the process was asked to end.
   """
   config, cfg = run.config, run.config.warm_start
   if not cfg.max_steps:
@@ -74,10 +78,11 @@ def warm_start(run: Run) -> Any:
     run.task.split("train"), batch_size=cfg.batch_size, seed=config.seed
   )
   held = run.task.held_out("validation", cfg.eval_prompts)
-  checkpoints = Checkpoints(run.workdir / "warm_start", keep=1)
+  checkpoints = Checkpoints(run.checkpoint_folder("warm_start"), keep=1)
   record = {"step": 0, "done": False, "history": []}
-  if (latest := checkpoints.latest()) is not None:
-    state, record = checkpoints.restore(latest, state)
+  newest = lambda step: checkpoints.restore(step, state)
+  if (found := checkpoints.read_newest(newest, run.progress.note)) is not None:
+    state, record = found
     iterator.set_state(record["iterator"])
   rows = config.packing
   paths = packing.PackConfig(rows.row_length, rows.rows, rows.query_block, rows.key_block)
@@ -108,7 +113,11 @@ def warm_start(run: Run) -> Any:
         "iterator": iterator.get_state(),
       }
       checkpoints.save(step, state, record)
-      _write_history(run, record["history"])
+      if hosts.is_first():
+        _write_history(run, record["history"])
+      if hosts.any_of(stopping.asked()):
+        checkpoints.close()
+        raise Stopped(f"stopped in the warm start, after step {step}, which is saved")
   checkpoints.close()
   last = record["history"][-1]
   run.progress.note(

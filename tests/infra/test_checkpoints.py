@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit or not at all."""
 
+import importlib.util
 import json
 import shutil
 
@@ -138,6 +139,55 @@ def test_the_newest_are_kept(tmp_path):
   assert checkpoints.latest() == 12
   checkpoints.close()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["12", "7"]
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2, keep_best=1)
+  for step, score in ((1, 0.3), (2, None), (3, 0.6), (4, None), (5, 0.5), (6, None)):
+    checkpoints.save(step, {"w": jnp.full(3, step)}, {}, score=score)
+  checkpoints.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5", "6"]
+
+
+def test_the_newest_whole_checkpoint_is_read_and_damaged_ones_are_set_aside(folder):
+  (folder / "2" / "record" / "metadata").write_text("{")
+  told = []
+  checkpoints = Checkpoints(folder, keep=2)
+  like = jax.tree.map(jnp.zeros_like, arrays())
+  found, record = checkpoints.read_newest(lambda step: checkpoints.restore(step, like), told.append)
+  assert record == {"step": 1} and bits(found) == bits(arrays(-1.0))
+  assert len(told) == 1 and "2 cannot be read" in told[0] and "resuming from 1" in told[0]
+  assert checkpoints.latest() == 1 and (folder.parent / "checkpoints_damaged" / "2").is_dir()
+  checkpoints.save(2, arrays(), RECORD)
+  checkpoints.wait()
+  assert checkpoints.latest() == 2
+  checkpoints.close()
+
+
+def test_if_none_can_be_read_nothing_is_moved(folder):
+  for step in ("1", "2"):
+    (folder / step / "record" / "metadata").write_text("{")
+  checkpoints = Checkpoints(folder, keep=2)
+  like = jax.tree.map(jnp.zeros_like, arrays())
+  with pytest.raises(UserError, match="2 cannot be read") as error:
+    checkpoints.read_newest(lambda step: checkpoints.restore(step, like), pytest.fail)
+  assert_one_line(error.value, folder)
+  checkpoints.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_bucket_without_its_package_is_told():
+  if importlib.util.find_spec("gcsfs") is not None:
+    pytest.skip("gcsfs is installed, and would ask for the bucket")
+  with pytest.raises(UserError, match="cannot be kept in gs://bucket/run: .*install gcsfs"):
+    Checkpoints("gs://bucket/run", keep=1)
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="checkpoints cannot be kept in") as error:
+    Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
+  assert "\n" not in str(error.value)
 
 
 def test_what_a_killed_process_left_half_written_is_removed(folder):

@@ -24,7 +24,7 @@ MODEL = tiny_config(layers=1)
 LOSS = loss_config(probability_threshold=0.04, ratio_threshold=1e9, logprob_chunk=16)
 
 
-def one_update(data, fsdp, tensor):
+def one_update(data, fsdp, tensor, sequence=1, attention="blocks"):
   """(state, metrics) after one update on a mesh."""
   rng = np.random.default_rng(0)
   forest = tree_forest(rng, (2, 2), (3, 3), prompts=(3, 2) * 5)
@@ -32,9 +32,9 @@ def one_update(data, fsdp, tensor):
   advantages = rng.standard_normal(len(forest.parent)).astype(np.float32)
   packed, counts = pack(forest, advantages, own_segments(forest), cfg)
   assert counts["micro_batches"] == 2
-  mesh = meshes.make_mesh(data, fsdp, tensor)
+  mesh = meshes.make_mesh(data, fsdp, tensor, sequence=sequence)
   params, ref_params = (shard_params(MODEL, mesh, tiny_params(MODEL, seed)) for seed in (0, 1))
-  model = MODEL.on(mesh)
+  model = dataclasses.replace(MODEL, attention=attention).on(mesh)
   batch = prepare(model, LOSS, ref_params, meshes.shard_batch(mesh, packed), jnp.int32(2))
   state = init_state(params, SGD)
   # The moments are split as their parameters are.
@@ -56,7 +56,10 @@ def on_one_device():
   return jax.device_get((state.params, metrics))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)])
+@pytest.mark.parametrize(
+  "shape",
+  [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1), (2, 1, 2, 2), (1, 2, 1, 2, "flash")],
+)
 def test_an_update_on_a_mesh_equals_that_of_one_device(shape):
   want_params, want = on_one_device()
   state, metrics, shardings = one_update(*shape)
@@ -115,12 +118,26 @@ def test_arrays_are_placed_by_rows():
 
 
 def test_meshes_that_do_not_fit_are_refused_with_both_numbers():
-  assert dict(meshes.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-  assert dict(meshes.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(meshes.make_mesh(-1, 2, 1).shape) == {
+    "data": 4,
+    "fsdp": 2,
+    "sequence": 1,
+    "tensor": 1,
+  }
+  assert dict(meshes.make_mesh(2, -1, 2).shape) == {
+    "data": 2,
+    "fsdp": 2,
+    "sequence": 1,
+    "tensor": 2,
+  }
   assert meshes.make_mesh(1, 1, 3).size == 3
-  with pytest.raises(UserError, match="data 4 x fsdp 2 x tensor 2 needs 16 devices.* are 8"):
+  with pytest.raises(
+    UserError, match="data 4 x fsdp 2 x sequence 1 x tensor 2 needs 16 devices.* are 8"
+  ):
     meshes.make_mesh(4, 2, 2)
-  with pytest.raises(UserError, match="fsdp 3, tensor 1: 3 does not divide the 8 devices"):
+  with pytest.raises(
+    UserError, match="fsdp 3, sequence 1, tensor 1: 3 does not divide the 8 devices"
+  ):
     meshes.make_mesh(-1, 3, 1)
   for wrong in ((0, 1, 1), (-1, 0, 1), (2, -1, -1), (-2, 1, 1), (-1, -2, -2)):
     with pytest.raises(UserError, match="mesh: .* must be positive"):

@@ -16,6 +16,7 @@ import pytest
 from spo_jax.errors import UserError
 from spo_jax.infra.metrics import MetricWriter, append_line, read_lines, read_metrics
 from spo_jax.infra.progress import Progress, clock, compact
+from spo_jax.infra.sinks import TensorBoard
 
 
 def line(iteration: int, **more) -> dict:
@@ -80,7 +81,7 @@ def test_lines_survive_a_kill(tmp_path):
 
 
 def test_restore_cuts_exactly(tmp_path):
-  with MetricWriter(tmp_path) as writer:
+  with MetricWriter(tmp_path, [TensorBoard(tmp_path)]) as writer:
     for i in range(3):
       writer.write(line(i))
     position, kept = json.loads(json.dumps(writer.position())), content(tmp_path)
@@ -90,7 +91,7 @@ def test_restore_cuts_exactly(tmp_path):
   with open(tmp_path / "metrics.jsonl", "ab") as file:
     file.write(b'{"iteration": 6, "tr')
 
-  with MetricWriter(tmp_path) as writer:
+  with MetricWriter(tmp_path, [TensorBoard(tmp_path)]) as writer:
     writer.restore(position)
     assert content(tmp_path) == kept
     assert writer.position() == position
@@ -100,13 +101,27 @@ def test_restore_cuts_exactly(tmp_path):
 
 
 def test_restore_to_the_start(tmp_path):
-  with MetricWriter(tmp_path) as writer:
+  with MetricWriter(tmp_path, [TensorBoard(tmp_path)]) as writer:
     start = writer.position()
-    writer.write(line(0))
+    writer.write({"iteration": 0, "train/loss": 5.0})
     writer.restore(start)
     assert content(tmp_path) == b""
     writer.write(line(0))
   assert read_metrics(tmp_path) == [line(0)]
+  assert events(tmp_path) == [(0, 0.0)]
+
+
+def test_a_record_that_is_gone_is_written_again(tmp_path):
+  with MetricWriter(tmp_path / "old") as writer:
+    for i in range(3):
+      writer.write(line(i))
+    position = json.loads(json.dumps(writer.position()))
+    writer.write(line(3))
+  with MetricWriter(tmp_path / "new") as writer:
+    writer.restore(position)
+    assert writer.position() == position
+    writer.write(line(3, later=1))
+  assert read_metrics(tmp_path / "new") == [*map(line, range(3)), line(3, later=1)]
 
 
 def test_restore_detects_tampering(tmp_path):

@@ -5,11 +5,15 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 
+from spo_jax import report as command
 from spo_jax.errors import UserError
 from spo_jax.infra import report, report_charts, report_curves, report_tree
+from tests import tiny_run
 
 VOID = {"meta", "input", "br", "hr", "link", "img"}
 EVIL = '<script>alert("1")</script>'
@@ -373,13 +377,24 @@ def test_report_is_replaced_whole(tmp_path):
 
 def test_command_line(tmp_path, capsys):
   workdir = write_workdir(tmp_path / "run", metric_rows(3))
-  assert report.main([str(workdir)]) == 0
+  assert command.main([str(workdir)]) == 0
   assert capsys.readouterr().out.strip() == str(workdir / "report.html")
-  assert report.main([str(tmp_path / "none")]) == 2
+  assert command.main([str(tmp_path / "none")]) == 2
   assert capsys.readouterr().err.count("\n") == 1
   (workdir / "config.json").write_text("{")
   with pytest.raises(UserError, match="config.json"):
     report.write_report(workdir)
+
+
+def test_the_command_runs_while_a_line_is_being_written(tmp_path):
+  workdir = write_workdir(tmp_path / "run", metric_rows(3))
+  with open(workdir / "metrics.jsonl", "a") as file:
+    file.write('{"iteration": 4, "tra')
+  words = [sys.executable, "-m", "spo_jax.report", str(workdir)]
+  done = subprocess.run(words, cwd=tiny_run.REPOSITORY, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.strip() == str(workdir / "report.html")
+  assert "iteration 3 of 60" in (workdir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,19 @@ def test_nothing_is_compiled_anew_for_a_value_that_is_all_there_is():
   now = sized(100)
   entry = plan.find_largest("rollout.slots", pytest.fail, now, 16, 8, chip_bytes=1000, most=8)
   assert entry.value == 8 and entry.all_there_is and entry.total == 100
+
+
+def test_layers_that_are_a_loop_are_compiled_whole(monkeypatch):
+  """Of 5 layers: updates and `extend` with all of them, the others with 1 and 2."""
+  model = dataclasses.replace(MODEL, layers=5, scan_layers=True)
+  monkeypatch.setattr(plan, "planned_decoder", lambda config: model)
+  monkeypatch.setattr(measure, "measure", lambda program: sized(1.0, program.phase, program.name))
+  notes = []
+  plan.make_plan(CONFIG, open_topology("cpu:8", 1.0), (1, 2), False, notes.append)
+  layers = {}
+  for note in notes:
+    name, count = note.removeprefix("compiled ").split(" layers")[0].split(", ")
+    layers.setdefault(name, []).append(int(count))
+  whole = {"update/prepare", "update/train_step", "sampling/extend level 1"}
+  assert whole < layers.keys()
+  assert all(layers[name] == ([5] if name in whole else [1, 2]) for name in layers)

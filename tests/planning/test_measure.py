@@ -9,6 +9,7 @@ from jax.errors import JaxRuntimeError
 
 from spo_jax.infra.topology import GIB
 from spo_jax.planning import measure
+from spo_jax.planning.collectives import Collective
 from spo_jax.planning.programs import Program
 from tests.planning.setups import setup_of, sized
 
@@ -61,7 +62,7 @@ def test_what_the_compiler_says_of_memory_is_read():
 
 
 def test_two_numbers_of_layers_tell_of_the_models_own():
-  """Programs whose arguments are 10 floats, and 25 for each layer."""
+  """Programs whose arguments are 10 floats, and 25 for each layer; a whole one is compiled once."""
   setup = setup_of()
   setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, layers=7))
   notes, layers = [], []
@@ -74,11 +75,14 @@ def test_two_numbers_of_layers_tell_of_the_models_own():
 
   found = measure.measure_all(setup, programs, (1, 3), notes.append)
   assert [(p.name, p.arguments) for p in found] == [("decode", 740), ("extend", 740)]
-  assert layers == [1, 3]
+  assert layers == [1, 3, 7]  # of the 7 no program is compiled
   assert len(notes) == 4 and notes[0].startswith("compiled sampling/decode, 1 layers")
   (alone,) = measure.measure_all(setup, programs, (), notes.append, only="extend")
   assert (alone.name, alone.arguments) == ("extend", 740)
   assert len(notes) == 5 and notes[4].startswith("compiled sampling/extend, 7 layers")
+  whole = lambda part: (dataclasses.replace(p, whole=True) for p in programs(part))
+  (alone,) = measure.measure_all(setup, whole, (1, 3), notes.append, only="extend")
+  assert alone.arguments == 740 and len(notes) == 6 and "7 layers" in notes[5]
 
 
 def test_layers_are_extrapolated_along_a_line():
@@ -87,3 +91,15 @@ def test_layers_are_extrapolated_along_a_line():
   assert measure._extend_line(sized(50.0), sized(30.0), (2, 4), at=10).total == 50.0
   refused = sized(50.0, compiled=False)
   assert not measure._extend_line(sized(30.0), refused, (2, 4), at=10).compiled
+
+
+def test_collectives_are_extrapolated_along_a_line():
+  """A gather of each layer, a sum of the whole, and a permute that one layer has no use for."""
+  sums = [Collective("all-reduce", 0, 1, 8.0, 8.0)]
+  one = [Collective("all-gather", 1, 1, 100.0, 300.0), *sums]
+  two = [Collective("all-gather", 1, 2, 200.0, 600.0), Collective("collective-permute", 0, 3, 6, 6)]
+  a, b = (dataclasses.replace(sized(1.0), sent=tuple(sent)) for sent in (one, two + sums))
+  found = {(c.kind, c.loops): c for c in measure._extend_line(a, b, (1, 2), at=4).sent}
+  assert found["all-gather", 1] == Collective("all-gather", 1, 4, 400.0, 1200.0)
+  assert found["all-reduce", 0] == sums[0]
+  assert found["collective-permute", 0].count == 9

@@ -7,16 +7,16 @@ from jax.sharding import NamedSharding
 
 from spo_jax import evaluation
 from spo_jax.algorithms.partition import make_partition
-from spo_jax.infra.mesh import shard_batch, shard_rows
+from spo_jax.infra.mesh import make_mesh, shard_batch, shard_rows
 from spo_jax.models.decoder import DecoderConfig
-from spo_jax.planning import programs
+from spo_jax.planning import measure, programs
 from spo_jax.run import make_sampler
 from spo_jax.sampling import sampler as samplers
 from spo_jax.sampling import stepping, strategies, verbs
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.step import init_state
 from tests.planning.setups import CONFIG, MODEL, setup_of
-from tests.tiny import shard_params, tiny_params, tiny_prompts
+from tests.tiny import shard_params, tiny_config, tiny_params, tiny_prompts
 from tests.training.forests import own_segments, tree_forest
 
 
@@ -207,3 +207,16 @@ def test_without_a_kl_term_no_reference_policy_lies_beside_a_program():
   beside = {program.name: program.beside for kind in every for program in kind(setup)}
   state = programs.abstract_state(setup)
   assert beside["train_step"] is None and beside["prefill"] == (state.opt_state, None)
+
+
+def test_a_step_does_not_gather_the_logits():
+  """Each of 8 chips has an eighth of the vocabulary for all rows, and wants half for its own."""
+  vocab = 1024
+  mesh = make_mesh(1, 4, 2)
+  model = tiny_config(layers=1, vocab_size=vocab, ffn=32)
+  setup = programs.Setup(CONFIG, model.on(mesh), mesh)
+  _, level = programs.decoded_levels(CONFIG)[-1]
+  logits = programs.decoded_at_once(CONFIG, level) * level.n * vocab * 4
+  sent = {one.kind: one.received for one in measure.measure(programs.decode_step(setup)).sent}
+  assert sent["all-gather"] < logits / 8
+  assert sent["all-to-all"] <= logits / 8

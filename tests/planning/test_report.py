@@ -4,6 +4,7 @@ import dataclasses
 
 from spo_jax.infra.topology import GIB, Topology
 from spo_jax.planning import report
+from spo_jax.planning.collectives import Collective
 from tests.planning.setups import setup_of, sized
 
 STEP = sized(2 * GIB)
@@ -32,7 +33,7 @@ def test_a_program_fits_if_it_compiles_and_takes_no_more_than_a_chip_has():
 def test_what_fits_is_told_with_what_is_free_during_the_largest_program():
   text = lines_of([STEP, DECODE, SCORE], 3.5 * GIB)
   assert text[-1] == "It fits: 0.50 GiB a chip are free during sampling: decode."
-  assert "cpu:8: 8 chips of 3.50 GiB, mesh data 2 x fsdp 4 x tensor 1" in text
+  assert "cpu:8: 8 chips of 3.50 GiB, mesh data 2 x fsdp 4 x sequence 1 x tensor 1" in text
   assert not any("does not fit" in line for line in text)
 
 
@@ -89,7 +90,11 @@ def test_sizes_on_a_line_are_said_to_be():
   assert report.as_json(plan)["layers_compiled"] == [1]
   plan = dataclasses.replace(plan, layers=(2, 4))
   assert report.as_json(plan)["layers_compiled"] == [2, 4]
-  assert "sizes are on the line through compilations with 2 and 4 layers" in report.lines(plan)
+  line = "sizes are on the line through compilations with 2 and 4 layers"
+  assert line + ", but for extend, compiled with all" in report.lines(plan)
+  scanned = dataclasses.replace(plan.setup.model, scan_layers=True)
+  plan = dataclasses.replace(plan, setup=dataclasses.replace(plan.setup, model=scanned))
+  assert line + ", but for updates and extend, compiled with all" in report.lines(plan)
 
 
 def test_parameters_are_grouped_over_layers():
@@ -99,3 +104,17 @@ def test_parameters_are_grouped_over_layers():
   gate = {"count": 3, "shape": [16, 24], "split": ["fsdp", "-"], "on_a_chip": [2, 24]}
   assert kinds["block_*/gate"] == gate | {"name": "block_*/gate"}
   assert kinds["embedding"]["count"] == 1
+
+
+def test_collectives_are_told_by_program():
+  sent = (
+    Collective("all-gather", 2, 6, 3 * 2**20, 84 * 2**20),
+    Collective("all-reduce", 0, 1, 8, 8),
+  )
+  plan = plan_of([dataclasses.replace(STEP, sent=sent), DECODE], 3 * GIB)
+  text = report.lines(plan)
+  start = next(i for i, line in enumerate(text) if line.startswith("collectives"))
+  cells = [line.split() for line in text[start + 1 : start + 3]]
+  assert cells[0][2:] == ["all-gather", "a", "loop", "in", "a", "loop", "6", "3", "84"]
+  assert cells[1][2:5] == ["all-reduce", "the", "program"]
+  assert report.as_json(plan)["programs"][0]["sent"][0]["received"] == 3 * 2**20

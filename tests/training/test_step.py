@@ -167,6 +167,7 @@ def test_metrics_and_kl_are_those_of_the_definitions(params, ref_params):
     "ratio": ratio.mean(),
     "tokens": len(new),
     "skipped": 0,
+    "unstable": 0,
   }
   for name, value in want.items():
     np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
@@ -214,7 +215,7 @@ def test_nothing_to_train_changes_nothing(params, ref_params):
   for given, count in ((empty, 4), (batch, 0)):
     state, metrics = step(params, given, 0, count)
     assert same(state, state_of(params))
-    assert metrics["skipped"] == 1 and metrics["tokens"] == 0
+    assert metrics["skipped"] == 1 and metrics["tokens"] == metrics["unstable"] == 0
     assert all(bool(jnp.isfinite(x)) for x in metrics.values())
   forest, advantages, trained, *_ = make_batch()
   nothing, counts = pack(
@@ -248,7 +249,7 @@ def test_a_batch_far_off_policy_is_skipped(params, ref_params):
   *_, batch, _ = make_batch()
   batch = prepare(MODEL, LOSS, ref_params, batch, jnp.int32(4))
   state, metrics = step(params, batch._replace(old_logprobs=batch.old_logprobs - 4), 0, 4)
-  assert metrics["ratio"] > 10 and metrics["skipped"] == 1
+  assert metrics["ratio"] > 10 and metrics["skipped"] == metrics["unstable"] == 1
   assert same(state, state_of(params))
   _, metrics = step(params, batch, 0, 4)
   assert metrics["ratio"] < 10 and metrics["skipped"] == 0

@@ -11,6 +11,7 @@ chunks has one implementation in XLA for all backends, and decode one for all ot
 from typing import NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 
 from spo_jax.models.attention import blocks, cudnn, flash, pallas
 from spo_jax.models.attention.chunks import attend_chunk
@@ -58,9 +59,28 @@ class PackedContext(NamedTuple):
 
 
 def attend_packed(q, k, v, positions, context: PackedContext, cache, spec: AttentionSpec):
-  """Training: interval attention, no cache."""
+  """Training: interval attention, no cache.
+
+  Where the mesh splits rows over "sequence", each device has a part of the queries, and all keys.
+  """
   attention, _ = _FUNCTIONS[spec.backend]
-  return attention(q, k, v, positions, context.until, context.key_blocks, spec), cache
+  listed = (positions, context.until, context.key_blocks)
+  if spec.mesh is None or spec.mesh.shape["sequence"] == 1:
+    return attention(q, k, v, *listed, spec), cache
+
+  def part(q, k, v, *listed):
+    return attention(q, k, v, *listed, spec, first=jax.lax.axis_index("sequence") * q.shape[1])
+
+  parts, whole = PartitionSpec(None, "sequence"), PartitionSpec()
+  attend = jax.shard_map(
+    part,
+    mesh=spec.mesh,
+    in_specs=(parts, whole, whole, whole, whole, parts),
+    out_specs=parts,
+    axis_names={"sequence"},
+    check_vma=False,
+  )
+  return attend(q, k, v, *listed), cache
 
 
 def attend_prefill(q, k, v, positions, context, cache, spec: AttentionSpec):

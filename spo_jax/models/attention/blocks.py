@@ -21,6 +21,7 @@ def interval_attention(
   until_BxJxL: jax.Array,
   key_blocks_BxNxW: jax.Array,
   spec: AttentionSpec,
+  first: jax.Array | int = 0,
 ) -> jax.Array:
   """Attention in which query i sees key j iff j <= i < until[j], computed on visible blocks only.
 
@@ -43,16 +44,17 @@ def interval_attention(
     until_BxJxL: [B, J, L] int32, first row index past the subtree that hangs off the token.
     key_blocks_BxNxW: [B, N, W] int32, the key blocks that query block n may see; -1 pads.
     spec: scale, window and cap.
+    first: scalar, row index of the first query, if queries are a part of the row; N is of the part.
 
   Returns:
-    [B, T, H, Dh], dtype of v.
+    [B, T, H, Dh], dtype of v; T as queries have.
   """
   B, T, H, Dh = q_BxTxHxDh.shape
-  K = k_BxTxKxDh.shape[2]
+  keys, K = k_BxTxKxDh.shape[1:3]
   N, W = key_blocks_BxNxW.shape[1:]
   J, L = until_BxJxL.shape[1:]
-  chex.assert_shape(until_BxJxL, (B, J, T // J))
-  chex.assert_is_divisible(T, J)
+  chex.assert_shape(until_BxJxL, (B, J, keys // J))
+  chex.assert_is_divisible(keys, J)
   chex.assert_is_divisible(T, N)
   C, G = T // N, H // K
   S = W * L
@@ -68,11 +70,12 @@ def interval_attention(
   until_BxNx1xS = jnp.where(listed_BxNxWx1, take(until_BxJxL, index_BxNxW), 0).reshape(B, N, 1, S)
   key_BxNxWxL = index_BxNxW[..., None] * L + jnp.arange(L)[None, None, None]
   key_BxNx1xS = key_BxNxWxL.reshape(B, N, 1, S)
-  query_1xNxCx1 = jnp.arange(T).reshape(1, N, C, 1)
+  query_1xNxCx1 = first + jnp.arange(T).reshape(1, N, C, 1)
   visible_BxNxCxS = (key_BxNx1xS <= query_1xNxCx1) & (query_1xNxCx1 < until_BxNx1xS)
   if spec.window is not None:
     at_key_BxNx1xS = take(positions_BxT.reshape(B, J, L), index_BxNxW).reshape(B, N, 1, S)
-    at_query_BxNxCx1 = positions_BxT.reshape(B, N, C, 1)
+    of_queries_BxT = jax.lax.dynamic_slice_in_dim(positions_BxT, first, T, axis=1)
+    at_query_BxNxCx1 = of_queries_BxT.reshape(B, N, C, 1)
     visible_BxNxCxS = visible_BxNxCxS & (at_query_BxNxCx1 - at_key_BxNx1xS < spec.window)
 
   # A matrix of R = G * C queries for each key-value head.

@@ -34,6 +34,7 @@ class _Listed(NamedTuple):
   used: jax.Array  # [N] chunks that are not padding alone
   until: jax.Array  # [B, J, L]
   positions: jax.Array  # [B, T]
+  first: jax.Array | int  # row index of the first query
 
 
 def interval_attention(
@@ -44,6 +45,7 @@ def interval_attention(
   until_BxJxL: jax.Array,
   key_blocks_BxNxW: jax.Array,
   spec: AttentionSpec,
+  first: jax.Array | int = 0,
 ) -> jax.Array:
   """As `blocks.interval_attention`, of the same arguments; a query that sees no key yields 0.
 
@@ -51,11 +53,11 @@ def interval_attention(
   `key_blocks.visible_blocks` has it.
   """
   B, T, H, Dh = q_BxTxHxDh.shape
-  K = k_BxTxKxDh.shape[2]
+  keys, K = k_BxTxKxDh.shape[1:3]
   N, W = key_blocks_BxNxW.shape[1:]
   J, L = until_BxJxL.shape[1:]
-  chex.assert_shape(until_BxJxL, (B, J, T // J))
-  chex.assert_is_divisible(T, J)
+  chex.assert_shape(until_BxJxL, (B, J, keys // J))
+  chex.assert_is_divisible(keys, J)
   chex.assert_is_divisible(T, N)
   C = T // N
   X = min(W, max(1, SCORES // (C * L)))
@@ -64,7 +66,7 @@ def interval_attention(
   blocks_BxNxMX = jnp.pad(key_blocks_BxNxW, padding, constant_values=-1)
   chunks_NxBxMxX = blocks_BxNxMX.reshape(B, N, M, X).swapaxes(0, 1)
   used_N = jnp.sum(jnp.any(chunks_NxBxMxX >= 0, axis=(1, 3)), axis=-1)
-  listed = _Listed(chunks_NxBxMxX, used_N, until_BxJxL, positions_BxT)
+  listed = _Listed(chunks_NxBxMxX, used_N, until_BxJxL, positions_BxT, first)
   q = q_BxTxHxDh.reshape(B, N, C, K, H // K, Dh).transpose(1, 0, 3, 4, 2, 5)
   k, v = (x.reshape(B, J, L, K, Dh).transpose(0, 3, 1, 2, 4) for x in (k_BxTxKxDh, v_BxTxKxDh))
   mixed_NxBxKxGxCxDh = _attention(spec, q, k, v, listed)
@@ -111,11 +113,12 @@ def _visible(spec: AttentionSpec, listed: _Listed, n, C: int, blocks_BxX):
   key_BxXxL = index_BxX[..., None] * L + jnp.arange(L)[None, None]
   until_BxXxL = jnp.where(blocks_BxX[..., None] >= 0, take(listed.until, index_BxX), 0)
   key_Bx1xS, until_Bx1xS = key_BxXxL.reshape(B, 1, X * L), until_BxXxL.reshape(B, 1, X * L)
-  query_1xCx1 = (n * C + jnp.arange(C))[None, :, None]
+  begin = listed.first + n * C
+  query_1xCx1 = (begin + jnp.arange(C))[None, :, None]
   visible = (key_Bx1xS <= query_1xCx1) & (query_1xCx1 < until_Bx1xS)
   if spec.window is not None:
     at_key_Bx1xS = take(listed.positions.reshape(B, -1, L), index_BxX).reshape(B, 1, X * L)
-    at_query_BxC = jax.lax.dynamic_slice_in_dim(listed.positions, n * C, C, axis=1)
+    at_query_BxC = jax.lax.dynamic_slice_in_dim(listed.positions, begin, C, axis=1)
     visible &= at_query_BxC[..., None] - at_key_Bx1xS < spec.window
   return visible[:, None, None]
 
