@@ -181,7 +181,8 @@ def test_test():
   export, source, check, form, test = dry_run("test.sh", "tests/a b")
   assert export == ["export", "EXTRAS=test"] and source == ["source", "launch/environment.sh"]
   assert (check, form) == (["ruff", "check", "."], ["ruff", "format", "--check", "."])
-  assert test == ["exec", "python", "-m", "pytest", "--numprocesses=2", "tests/a b"]
+  assert test[:5] == ["exec", "python", "-m", "pytest", "--numprocesses=2"]
+  assert test[5:] == ["--dist=loadfile", "tests/a b"]
 
 
 def test_gpu():
