@@ -18,6 +18,7 @@ from tests.test_resume import FIELDS
 
 DEVICES = 4
 FIELDS = FIELDS | {"mesh__data": 2, "mesh__fsdp": 2, "iterations": 3, "checkpoint__every": 10}
+FIELDS |= {"warm_start__max_steps": 0, "eval__every": 3}
 
 
 def start(workdir, processes, **fields):
