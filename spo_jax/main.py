@@ -27,6 +27,7 @@ MAY_CHANGE = (
   "mesh",
   "topology",
   "compilation_cache",
+  "unstable_limit",
   "wandb",
   "config_file",
 )

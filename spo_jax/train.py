@@ -130,20 +130,7 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
       )
       due = last or stop or overdue or counters.iteration % config.checkpoint.every == 0
       if due and not unstable:
-        record = {
-          "counters": dataclasses.asdict(counters),
-          "learner": learner.record(),
-          "metrics": writer.position(),
-          **batches.record(),
-        }
-        waiting = batches.arrays() | ({} if buffer is None else buffer.state())
-        checkpoints.save(
-          counters.iteration,
-          learner.arrays(),
-          record,
-          waiting or None,
-          metrics.get("eval/accuracy"),
-        )
+        save(checkpoints, counters, learner, batches, buffer, writer, metrics)
         saved_at = time.monotonic()
       if stop and not last:
         checkpoints.wait()
@@ -151,6 +138,28 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
   if hosts.is_first():
     run.progress.note(f"report: {write_report(run.workdir)}")
   return learner.params
+
+
+def save(
+  checkpoints: Checkpoints,
+  counters: Counters,
+  learner: Learner,
+  batches: Batches,
+  buffer: ReplayBuffer | None,
+  writer: MetricWriter | NoWriter,
+  metrics: dict[str, float],
+) -> None:
+  """Begins to write a checkpoint of all that the next iterations depend on."""
+  record = {
+    "counters": dataclasses.asdict(counters),
+    "learner": learner.record(),
+    "metrics": writer.position(),
+    **batches.record(),
+  }
+  waiting = batches.arrays() | ({} if buffer is None else buffer.state())
+  checkpoints.save(
+    counters.iteration, learner.arrays(), record, waiting or None, metrics.get("eval/accuracy")
+  )
 
 
 def unsound(iteration: int, count: int, metrics: dict[str, float]) -> str:

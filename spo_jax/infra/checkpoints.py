@@ -51,10 +51,11 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(
         self._directory, options=options, item_names=("arrays", "record", "host_arrays")
       )
-    # The last of a bucket for which a package is missing, which it names.
-    except (OSError, ImportError) as error:
-      reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+      reason = error.strerror or error
       raise UserError(f"checkpoints cannot be kept in {directory}: {reason}") from error
+    except ImportError as error:  # names the package that a bucket needs
+      raise UserError(f"checkpoints cannot be kept in {directory}: {error}") from error
 
   def latest(self) -> int | None:
     """Step of the newest whole checkpoint."""

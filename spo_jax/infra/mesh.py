@@ -71,7 +71,9 @@ def _grid(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   """
   if devices[0].platform != "tpu":
     return np.asarray(devices).reshape(shape)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  # Devices of a topology that is not there are of one slice, and have no index of it.
+  indexed = hasattr(devices[0], "slice_index")
+  slices = len({device.slice_index for device in devices}) if indexed else 1
   if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   data, *inner = shape
