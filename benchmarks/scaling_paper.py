@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.scaling_rooflines import (
   Chip,
-  Decoder,
   Limits,
   Machine,
+  Policy,
   Shares,
   Work,
   decode_seconds,
@@ -25,10 +25,11 @@ from benchmarks.scaling_rooflines import (
   suited,
   update_seconds,
 )
+from spo_jax.models.families import config_from_hf
+from spo_jax.models.known import KNOWN_MODELS
 
 GIB = 2**30
-# DeepSeek-R1-Distill-Qwen-1.5B: spo_jax/models/known.py.
-POLICY = Decoder(width=1536, layers=28, heads=12, kv_heads=2, head_dim=128, ffn=8960, vocab=151936)
+POLICY = Policy(config_from_hf(KNOWN_MODELS["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]))
 # Tokens of packed rows for a token of the trees, by the rows' length; the longest that one v5e chip
 # trains: benchmarks/RESULTS.md, "Plans of the paper's experiments".
 PACKED = {2048: 2.68, 4096: 1.49, 8192: 1.19, 16384: 1.14}

@@ -8,6 +8,8 @@ another is added to decode, whose steps wait for it, and hidden behind training 
 import dataclasses
 import math
 
+from spo_jax.models.decoder import DecoderConfig
+
 NUMBER = 2  # bytes, of bfloat16
 FLOAT = 4  # bytes, of float32
 FORWARD, TRAIN = 2, 8  # FLOPs a weight and token; a block is computed anew in the backward pass
@@ -47,26 +49,22 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
-  """Geometry of the policy."""
+class Policy:
+  """What a decoder of a geometry has to multiply and to keep."""
 
-  width: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  ffn: int
-  vocab: int
+  geometry: DecoderConfig
 
   @property
   def attention_weights(self) -> int:
     """Numbers in the attention's matrices of all layers."""
-    return 2 * self.layers * self.width * self.head_dim * (self.heads + self.kv_heads)
+    c = self.geometry
+    return 2 * c.layers * c.width * c.head_dim * (c.heads + c.kv_heads)
 
   @property
   def spread_weights(self) -> int:
     """Numbers in the other matrices that are multiplied: feed-forward and unembedding."""
-    return self.layers * 3 * self.width * self.ffn + self.width * self.vocab
+    c = self.geometry
+    return c.layers * 3 * c.width * c.ffn + c.width * c.vocab_size
 
   @property
   def weights(self) -> int:
@@ -76,17 +74,20 @@ class Decoder:
   @property
   def parameters(self) -> int:
     """The weights and the embedding; vectors are left out."""
-    return self.weights + self.width * self.vocab
+    c = self.geometry
+    return self.weights + c.width * c.vocab_size
 
   @property
   def token_bytes(self) -> int:
     """Keys and values of a token."""
-    return 2 * self.layers * self.kv_heads * self.head_dim * NUMBER
+    c = self.geometry
+    return 2 * c.layers * c.kv_heads * c.head_dim * NUMBER
 
   @property
   def score_flops(self) -> int:
     """FLOPs of a query with a key and its value, in all layers."""
-    return 4 * self.layers * self.heads * self.head_dim
+    c = self.geometry
+    return 4 * c.layers * c.heads * c.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def on_chip(chip: Chip, flops: float, accessed: float) -> float:
 
 
 def step_parts(
-  model: Decoder, machine: Machine, groups: int, n: int, prefix: float, suffix: float
+  model: Policy, machine: Machine, groups: int, n: int, prefix: float, suffix: float
 ) -> dict[str, float]:
   """Seconds of a decode step's parts, each at its roofline.
 
@@ -183,20 +184,20 @@ def step_parts(
   )
   others = (fsdp - 1) / fsdp
   sent = model.attention_weights * NUMBER * others
-  sent += 2 * model.layers * rows * (fsdp - 1) * model.width * NUMBER
-  sent += rows * model.vocab * FLOAT * others
-  waits = model.layers * COLLECTIVES_A_LAYER * machine.hops * chip.hop_s
+  sent += 2 * model.geometry.layers * rows * (fsdp - 1) * model.geometry.width * NUMBER
+  sent += rows * model.geometry.vocab_size * FLOAT * others
+  waits = model.geometry.layers * COLLECTIVES_A_LAYER * machine.hops * chip.hop_s
   return {
     "weights": on_chip(chip, FORWARD * rows * model.weights, read),
     "prefix": cached(rows * prefix, mine * prefix),
     "suffix": cached(rows * suffix, rows * suffix),
-    "logits": on_chip(chip, 0, 2 * rows * model.vocab * FLOAT),
+    "logits": on_chip(chip, 0, 2 * rows * model.geometry.vocab_size * FLOAT),
     "sent": sent / chip.link_rate,
     "waits": waits if fsdp > 1 else 0.0,
   }
 
 
-def decode_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares) -> float:
+def decode_seconds(model: Policy, machine: Machine, work: Work, shares: Shares) -> float:
   """Seconds to draw an iteration's segments."""
   total = 0.0
   for groups, n, prefix, budget in work.levels():
@@ -209,7 +210,7 @@ def decode_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares)
   return total
 
 
-def prefill_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares) -> float:
+def prefill_seconds(model: Policy, machine: Machine, work: Work, shares: Shares) -> float:
   """Seconds to run the prompts once; a chip runs whole prompts."""
   tokens = -(-work.prompts // machine.chips) * work.prompt_tokens
   flops = tokens * FORWARD * model.weights
@@ -217,7 +218,7 @@ def prefill_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares
 
 
 def pass_seconds(
-  model: Decoder, machine: Machine, work: Work, share: float, flops: int, rows: float
+  model: Policy, machine: Machine, work: Work, share: float, flops: int, rows: float
 ) -> float:
   """Seconds to take rows through the model, a row at a time on each chip.
 
@@ -241,13 +242,13 @@ def pass_seconds(
   return turns * max(own, model.parameters * sent / machine.chip.link_rate)
 
 
-def reference_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares) -> float:
+def reference_seconds(model: Policy, machine: Machine, work: Work, shares: Shares) -> float:
   """Seconds of the reference policy's log-probs of the packed rows."""
   rows = work.tokens * work.row_tokens / work.row_length
   return pass_seconds(model, machine, work, shares.forward, FORWARD, rows)
 
 
-def update_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares) -> float:
+def update_seconds(model: Policy, machine: Machine, work: Work, shares: Shares) -> float:
   """Seconds of an iteration's updates."""
   rows = work.tokens * work.row_tokens / work.row_length / work.updates
   one = pass_seconds(model, machine, work, shares.train, TRAIN, rows)
@@ -255,7 +256,7 @@ def update_seconds(model: Decoder, machine: Machine, work: Work, shares: Shares)
   return work.updates * (one + adam)
 
 
-def phases(model: Decoder, machine: Machine, work: Work, shares: Shares) -> dict[str, float]:
+def phases(model: Policy, machine: Machine, work: Work, shares: Shares) -> dict[str, float]:
   """Seconds of the phases of an iteration."""
   return {
     "prefill": prefill_seconds(model, machine, work, shares),
@@ -265,12 +266,12 @@ def phases(model: Decoder, machine: Machine, work: Work, shares: Shares) -> dict
   }
 
 
-def state_bytes(model: Decoder, machine: Machine) -> float:
+def state_bytes(model: Policy, machine: Machine) -> float:
   """Parameters, two moments and the reference policy of a chip, in float32."""
   return 4 * FLOAT * model.parameters / machine.fsdp
 
 
-def most_slots(model: Decoder, machine: Machine, work: Work, share: float) -> int:
+def most_slots(model: Policy, machine: Machine, work: Work, share: float) -> int:
   """Groups of the last level whose caches a share of what the state leaves holds at a time.
 
   A group has its prefix twice, where it was made and where it is decoded.
@@ -282,7 +283,7 @@ def most_slots(model: Decoder, machine: Machine, work: Work, share: float) -> in
 
 
 def suited(
-  model: Decoder,
+  model: Policy,
   machine: Machine,
   work: Work,
   shares: Shares,
