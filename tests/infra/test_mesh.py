@@ -76,6 +76,13 @@ def test_an_update_on_a_mesh_equals_that_of_one_device(shape):
     assert param.sharding.is_equivalent_to(sharding, param.ndim)
 
 
+def test_tokens_of_a_row_are_split_over_the_sequence_axis():
+  mesh = meshes.make_mesh(2, 1, 1, sequence=4)
+  x = meshes.hosts.put(np.zeros((2, 8, 3)), lambda _: meshes.NamedSharding(mesh, P()))
+  split = jax.jit(lambda x: meshes.split_tokens(mesh, x) + 1)(x)
+  assert {shard.data.shape for shard in split.addressable_shards} == {(1, 2, 3)}
+
+
 def specs(mesh, cfg):
   shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
   return jax.tree.map(lambda s: s.spec, meshes.param_shardings(mesh, shapes))
