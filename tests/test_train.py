@@ -224,6 +224,13 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
     assert lines[3]["train/segments"] > 2 * config.rollout.prompts  # older ones with the new
 
 
+def test_a_checkpoint_is_made_when_one_is_overdue(tmp_path):
+  fields = {"rollout__segment_tokens": (4,), "checkpoint__every": 9, "checkpoint__every_s": 0.0}
+  run_once(tiny_config(spo_tree, **SMALL | fields), tmp_path)
+  saved = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  assert saved == {"1", "2"}
+
+
 def test_a_run_without_sound_updates_stops_and_saves_none_of_them(tmp_path):
   fields = SMALL | {"rollout__segment_tokens": (4,), "loss__ratio_threshold": 1e-3}
   fields |= {"unstable_limit": 2, "checkpoint__every": 1}

@@ -63,6 +63,21 @@ def test_dtypes_of_the_source_are_kept(folder, tmp_path):
     assert file.metadata() == {"format": "pt"}  # transformers asks for it
 
 
+def test_other_processes_fetch_the_same_tensors_in_the_same_order_and_write_nothing(
+  tmp_path, monkeypatch
+):
+  params, fetched = tiny_params(CFG), {}
+  for first in (True, False):
+    asked = fetched[first] = []
+    fetch = lambda x, asked=asked: asked.append(x) or np.asarray(x)
+    monkeypatch.setattr(export.hosts, "fetch", fetch)
+    monkeypatch.setattr(export.hosts, "is_first", lambda first=first: first)
+    export_model(params, CFG, HF, None, tmp_path / str(first))
+  assert [id(x) for x in fetched[True]] == [id(x) for x in fetched[False]]
+  assert len(fetched[True]) == len(jax.tree.leaves(params))
+  assert [path.name for path in tmp_path.iterdir()] == ["True"]
+
+
 def test_export_overwrites_nothing_and_leaves_nothing_half_done(folder, tmp_path, monkeypatch):
   with pytest.raises(UserError, match="exists already"):
     export_model(tiny_params(CFG), CFG, HF, make_tokenizer(), folder)
