@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: asynchronous, atomic, all of its state."""
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -149,6 +150,8 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reading(self, step: int):
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
     try:
       yield
     except Exception as error:  # Orbax, TensorStore and JSON raise a dozen kinds for a damaged file
@@ -158,6 +161,8 @@ class Checkpoints:
         "another model (delete that folder to begin anew): "
         f"{type(error).__name__}: {reason}"
       ) from error
+    finally:
+      asyncio.set_event_loop_policy(policy)
 
   @contextlib.contextmanager
   def _writing(self):
@@ -187,6 +192,25 @@ class Checkpoints:
     """
     with self._writing():
       self._manager.close()
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+  """An event loop that is closed when all of its tasks have ended.
+
+  Orbax closes its loop at the first array that cannot be read; TensorStore then answers for the
+  others into the closed loop, and each answer prints a traceback over what the user is told.
+  """
+
+  def close(self) -> None:
+    if tasks := asyncio.all_tasks(self):
+      self.run_until_complete(asyncio.wait(tasks))
+    super().close()
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+  """Gives out patient loops."""
+
+  _loop_factory = _PatientLoop
 
 
 def _to_bytes(arrays: dict[str, np.ndarray]) -> np.ndarray:

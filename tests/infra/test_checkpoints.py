@@ -1,12 +1,15 @@
 """A checkpoint comes back bit for bit or not at all."""
 
+import asyncio
 import importlib.util
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -274,6 +277,36 @@ def test_damaged_host_arrays_are_told_or_come_back(folder, tmp_path, damage):
     finally:
       checkpoints.close()
   assert "data" in told
+
+
+def test_one_array_that_cannot_be_read_does_not_cut_the_others_short(folder, monkeypatch):
+  """TensorStore answers from other threads, which must find the loop open."""
+  answers = []
+
+  async def fails():
+    raise ValueError("this array is damaged")
+
+  async def is_slow():
+    answers.append(await asyncio.to_thread(lambda: time.sleep(0.1)))
+
+  async def all_arrays():
+    await asyncio.gather(is_slow(), fails())
+
+  def restore(*_, **__):  # as Orbax does it
+    loop = asyncio.new_event_loop()
+    try:
+      loop.run_until_complete(all_arrays())
+    finally:
+      loop.close()
+
+  policy = asyncio.get_event_loop_policy()
+  monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+  checkpoints = Checkpoints(folder, keep=1)
+  with pytest.raises(UserError, match="this array is damaged"):
+    checkpoints.restore_host_arrays(1)
+  assert answers == [None]
+  assert asyncio.get_event_loop_policy() is policy
+  checkpoints.close()
 
 
 def test_a_folder_of_nothing_and_a_missing_part_are_told(folder):
