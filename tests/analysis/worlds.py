@@ -149,7 +149,8 @@ def objective(run, params) -> jax.Array:
 def distribution(run, params, answer: int) -> dict[tuple[int, ...], float]:
   """The probability of every response to a prompt."""
   every = responses()
-  chances = np.exp(np.array(log_likelihoods(run, params, PROMPTS[answer], every), np.float64))
+  likelihoods = jax.jit(lambda params: log_likelihoods(run, params, PROMPTS[answer], every))
+  chances = np.exp(np.array(likelihoods(params), np.float64))
   return dict(zip(every, chances, strict=True))
 
 
