@@ -81,9 +81,23 @@ class _Records(Sequence):
 
   def __getitem__(self, index):
     if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    record = self._source[self._positions[index]]
-    return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+      return self.__getitems__(range(*index.indices(len(self))))
+    return _with_text(self._source[self._positions[index]])
+
+  def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    positions = [self._positions[index] for index in indices]
+    return [_with_text(record) for record in _at(self._source, positions)]
+
+
+def _with_text(record: dict[str, Any]) -> dict[str, Any]:
+  return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+
+
+def _at(source: Sequence[dict[str, Any]], positions: Sequence[int]) -> Sequence[dict[str, Any]]:
+  """Records of a source, read together where it can do that, as many take half the time then."""
+  if hasattr(source, "__getitems__"):
+    return source.__getitems__(positions)
+  return [source[position] for position in positions]
 
 
 def _prepared_builder(open_builder):
@@ -160,12 +174,14 @@ class PromptIterator:
     Each is the source's record with two numbers more: `index`, its position in the split, and
     `ordinal`, the count of draws before it (0, 1, 2, ... across epochs).
     """
-    batch = []
-    for _ in range(self._batch_size):
-      index = int(next(self._positions))
-      batch.append(dict(self._source[index]) | {"index": index, "ordinal": self._ordinal})
-      self._ordinal += 1
-    return batch
+    indices = [int(next(self._positions)) for _ in range(self._batch_size)]
+    first, self._ordinal = self._ordinal, self._ordinal + self._batch_size
+    return [
+      dict(record) | {"index": index, "ordinal": ordinal}
+      for ordinal, (index, record) in enumerate(
+        zip(indices, _at(self._source, indices), strict=True), start=first
+      )
+    ]
 
   def get_state(self) -> dict[str, Any]:
     """The stream's position, a dictionary that JSON can hold."""

@@ -22,7 +22,9 @@ def nothing(*_, **__):
 @pytest.fixture(scope="module")
 def exact():
   run, params = make_world()
-  return np.asarray(ravel_pytree(jax.jit(jax.grad(lambda p: objective(run, p)))(params))[0], np.float64)
+  return np.asarray(
+    ravel_pytree(jax.jit(jax.grad(lambda p: objective(run, p)))(params))[0], np.float64
+  )
 
 
 def method(name, config, **changes):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spo_jax.data import arithmetic, source, tokenizer
+from spo_jax.data.prompts import Template
 from spo_jax.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -132,6 +133,18 @@ def test_stream_is_a_new_permutation_each_epoch():
   flat = [record for batch in drawn for record in batch]
   assert [record["ordinal"] for record in flat] == list(range(21))
   assert all(record["answer"] == str(record["index"]) for record in flat)
+
+
+def test_a_stream_has_the_records_of_the_files(data_dir, embedded):
+  whole = source.load_split("arithmetic", "plain", "train", data_dir)
+  lengths = sorted(len(embedded(record["question"])["input_ids"]) for record in whole)
+  kept = source.keep_short_prompts(whole, embedded, Template(), lengths[len(whole) // 2])
+  assert len(kept) < len(whole)
+  for split in (whole, kept):
+    batch = next(source.make_iterator(split, batch_size=len(split), seed=3))
+    assert indices([batch]) != list(range(len(split)))
+    for ordinal, record in enumerate(batch):
+      assert record == split[record["index"]] | {"index": record["index"], "ordinal": ordinal}
 
 
 def test_stream_depends_on_seed_alone():
