@@ -159,7 +159,9 @@ def claim_workdir(
   config = json.loads(json.dumps(config))
   try:
     if path.exists():
-      for name in difference(json.loads(path.read_text()), config):
+      if (written := json.loads(path.read_text())) == config:
+        return  # so of a run's processes the first alone writes
+      for name in difference(written, config):
         if name.split(".")[0] not in may_change:
           raise UserError(
             f"workdir {workdir} holds a run with another config ({name} differs): "

@@ -133,6 +133,19 @@ def test_config_json_tells_file_and_fields(finished):
   assert config["rollout"]["prompts"] == tiny_run.TINY["rollout.prompts"]
 
 
+def test_a_workdir_that_is_claimed_is_not_written_again(tmp_path):
+  """Processes of one run claim it side by side, the first before the others."""
+  claim = lambda iterations: command_line.claim_workdir(
+    tmp_path, {"iterations": iterations}, may_change=["iterations"]
+  )
+  claim(2)
+  file = (tmp_path / "config.json").stat().st_ino
+  claim(2)
+  assert (tmp_path / "config.json").stat().st_ino == file
+  claim(3)
+  assert json.loads((tmp_path / "config.json").read_text()) == {"iterations": 3}
+
+
 FILE = "configs/spo_tree.py"
 
 
