@@ -265,7 +265,7 @@ class Config:
   epochs: int = 1  # times that an iteration's batch is trained on
   restart: bool = False  # every iteration trains the first policy anew (RestEM)
   # Iterations in a row without a sound update (a gradient that is not finite, a ratio beyond its
-  # threshold) after which a run stops; none of them is saved.
+  # threshold, a grader that fails on all responses) after which a run stops; none of them is saved.
   unstable_limit: int = 3
   probability_threshold: float = 0.9  # ρ: a token below it is a cutpoint and is trained
   # Folder that keeps compiled programs for later runs; "" keeps none. ~ and gs:// are understood.

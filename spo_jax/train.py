@@ -10,6 +10,7 @@ import numpy as np
 
 from spo_jax import rollouts
 from spo_jax.batches import Batches
+from spo_jax.config import Config
 from spo_jax.errors import Stopped, UserError
 from spo_jax.evaluation import evaluate
 from spo_jax.forest import Forest
@@ -41,8 +42,8 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
 
   Raises:
     Stopped: if the process was asked to end; all is saved.
-    UserError: if updates have no effect, a checkpoint cannot be read or written, or Weights &
-      Biases is asked for and cannot be used.
+    UserError: if updates have no effect or the grader fails on all, a checkpoint cannot be read or
+      written, or Weights & Biases is asked for and cannot be used.
   """
   config, counters = run.config, Counters()
   sinks = hosts.first_then_all(
@@ -83,7 +84,7 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
     else:
       writer.clear()
     clock, meter = Clock(counters.elapsed_s), Meter()
-    saved_at, unstable = time.monotonic(), 0
+    saved_at, unsound = time.monotonic(), 0
     if counters.iteration == 0:
       metrics = evaluate(run, learner.params, held)
       log(run, writer, counters, clock, metrics | meter.read())
@@ -122,14 +123,18 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
         rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
       log(run, writer, counters, clock, metrics | meter.read())
       notices.look(config, counters.iteration, forest, rewards, metrics)
-      unstable = unstable + 1 if metrics["train/unstable"] == 1 else 0
-      if unstable >= config.unstable_limit:
-        raise UserError(unsound(counters.iteration, unstable, metrics))
+      reason = why_unsound(config, int(forest.leaf.sum()), metrics)
+      unsound = unsound + 1 if reason else 0
+      if unsound >= config.unstable_limit:
+        raise UserError(
+          f"no update of the last {unsound} iterations was sound: stopped at iteration "
+          f"{counters.iteration}, of which nothing is saved; {reason}"
+        )
       stop, overdue = hosts.any_of_each(
         stopping.asked(), time.monotonic() - saved_at > config.checkpoint.every_s
       )
       due = last or stop or overdue or counters.iteration % config.checkpoint.every == 0
-      if due and not unstable:
+      if due and not unsound:
         save(checkpoints, counters, learner, batches, buffer, writer, metrics)
         saved_at = time.monotonic()
       if stop and not last:
@@ -162,14 +167,26 @@ def save(
   )
 
 
-def unsound(iteration: int, count: int, metrics: dict[str, float]) -> str:
-  """What a person is told when updates have been without effect for too long."""
-  return (
-    f"no update of the last {count} iterations was sound (gradient norm "
-    f"{metrics['train/grad_norm']:.3g}, mean ratio {metrics['train/ratio']:.3g}): stopped at "
-    f"iteration {iteration}, of which nothing is saved; lower config.optimizer.learning_rate or "
-    "config.optimizer.clip_norm, in a new workdir, or look at the rollouts"
-  )
+def why_unsound(config: Config, leaves: int, metrics: dict[str, float]) -> str | None:
+  """Why an iteration is nothing to go on from, and what can be done about it; None if it is sound.
+
+  Args:
+    config: of the run.
+    leaves: responses that were graded.
+    metrics: of the iteration.
+  """
+  if metrics["train/grader_failures"] == leaves:
+    return (
+      f"config.data.grader '{config.data.grader}' failed on all of the last {leaves} responses; "
+      "when it works again, the same command resumes"
+    )
+  if metrics["train/unstable"] == 1:
+    return (
+      f"gradient norm {metrics['train/grad_norm']:.3g}, mean ratio {metrics['train/ratio']:.3g}; "
+      "lower config.optimizer.learning_rate or config.optimizer.clip_norm, in a new workdir, or "
+      "look at the rollouts"
+    )
+  return None
 
 
 def choose(

@@ -19,7 +19,7 @@ from spo_jax.evaluation import evaluate
 from spo_jax.infra.metrics import read_metrics
 from spo_jax.infra.progress import Progress
 from spo_jax.run import make_run
-from spo_jax.train import train
+from spo_jax.train import train, why_unsound
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 SAMPLES = REPOSITORY / "tests" / "data" / "samples"
@@ -227,6 +227,7 @@ def test_a_grader_that_always_fails_is_told(model, data_dir, tmp_path):
     data_dir,
     data__grader="tests.rewards.hostile:fail",
     advantage__unfinished_penalty=-1.0,
+    unstable_limit=4,
   )
   trained = run_once(config, tmp_path)
   (told,) = [line for line in trained.told if TRAINS_NOTHING in line]
@@ -237,6 +238,26 @@ def test_a_grader_that_always_fails_is_told(model, data_dir, tmp_path):
   assert f"{number} were cut off at config.rollout.max_response_tokens 8" in told
   assert f"the grader failed on {number}" in told
   assert not moved(trained)
+
+
+def test_a_grader_that_is_gone_stops_the_run_which_saves_nothing_of_it(model, data_dir, tmp_path):
+  """By all of three responses it is gone, by two of them it is not."""
+  metrics = {"train/grader_failures": 3, "train/unstable": 0}
+  assert "failed on all of the last 3 responses" in why_unsound(Config(), 3, metrics)
+  assert why_unsound(Config(), 4, metrics) is None
+  config = configure(
+    spo_chain,
+    "rho1b_gsm8k",
+    model,
+    data_dir,
+    data__grader="tests.rewards.hostile:fail",
+    advantage__unfinished_penalty=-1.0,
+    unstable_limit=2,
+    checkpoint__every=1,
+  )
+  with pytest.raises(UserError, match="stopped at iteration 2, .*hostile:fail' failed on all"):
+    run_once(config, tmp_path)
+  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_evaluation_sets_that_no_batch_divides_on_a_mesh(model, data_dir, tmp_path):

@@ -235,7 +235,7 @@ def test_a_run_without_sound_updates_stops_and_saves_none_of_them(tmp_path):
   fields = SMALL | {"rollout__segment_tokens": (4,), "loss__ratio_threshold": 1e-3}
   fields |= {"unstable_limit": 2, "checkpoint__every": 1}
   config = tiny_config(spo_tree, **fields | {"iterations": 9})
-  with pytest.raises(UserError, match="no update of the last 2 iterations was sound .gradient"):
+  with pytest.raises(UserError, match="of the last 2 iterations was sound: .* gradient norm"):
     run_once(config, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["train/unstable"] for line in lines[-2:]] == [1, 1]
