@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,16 @@ from spo_jax.training.replay import ReplayBuffer
 from spo_jax.training.warm_start import warm_start
 
 
+class Iteration(NamedTuple):
+  """What an iteration has done."""
+
+  records: list[dict[str, Any]]  # R prompts
+  forest: Forest  # N nodes
+  rewards: np.ndarray  # [N] float32, NaN at inner nodes
+  estimated: Estimate
+  metrics: dict[str, float]
+
+
 def train(run: Run, profile: Collection[int] = ()) -> Any:
   """Trains from the warm start, or from the run's newest checkpoint, to the last iteration.
 
@@ -45,126 +55,163 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
     UserError: if updates have no effect or the grader fails on all, a checkpoint cannot be read or
       written, or Weights & Biases is asked for and cannot be used.
   """
-  config, counters = run.config, Counters()
+  config = run.config
   sinks = hosts.first_then_all(
     lambda: open_sinks(run.workdir, config.wandb) if hosts.is_first() else []
   )
-  batches = Batches(run)
   held = run.task.held_out(config.eval.split, config.eval.prompts)
-  learner = Learner(run, warm_start(run))
-  buffer = None
-  if config.replay.max_age:
-    buffer = ReplayBuffer(
-      max_age=config.replay.max_age,
-      segments_per_question=config.replay.segments_per_question,
-    )
   notices = Notices(run.progress.note)
-  keeps = buffer is not None or config.rollout.ahead
-  checkpoints = Checkpoints(
-    run.checkpoint_folder("checkpoints"),
-    keep=config.checkpoint.keep,
-    keep_best=config.checkpoint.keep_best,
-  )
-
-  def read(step: int):
-    waiting = checkpoints.restore_host_arrays(step) if keeps else {}
-    return (*checkpoints.restore(step, learner.arrays()), waiting)
-
+  training = Training(run)
   writer = MetricWriter(run.workdir, sinks) if hosts.is_first() else NoWriter()
-  with writer, contextlib.closing(checkpoints):
-    if (newest := checkpoints.read_newest(read, run.progress.note)) is not None:
-      arrays, record, waiting = newest
-      learner.load(arrays, record["learner"])
-      if buffer is not None:
-        buffer.restore(waiting)
-      batches.restore(record, waiting)
-      counters = Counters(**record["counters"])
-      writer.restore(record["metrics"])
-      run.progress.note(f"resumed after iteration {counters.iteration}")
-    else:
-      writer.clear()
-    clock, meter = Clock(counters.elapsed_s), Meter()
+  with writer, contextlib.closing(training):
+    training.resume(writer)
+    clock, meter = Clock(training.counters.elapsed_s), Meter()
     saved_at, unsound = time.monotonic(), 0
-    if counters.iteration == 0:
-      metrics = evaluate(run, learner.params, held)
-      log(run, writer, counters, clock, metrics | meter.read())
+    if training.counters.iteration == 0:
+      metrics = evaluate(run, training.params, held)
+      log(run, writer, training.counters, clock, metrics | meter.read())
 
-    while counters.iteration < config.iterations:
-      counters.iteration += 1
-      began = time.perf_counter()
-      with profiling.trace(run.workdir, counters.iteration, profile):
-        records, forest, rewards, sampling_metrics = batches.take(learner.params)
-        estimated = estimate(
-          forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
-        )
-        chosen, replay_metrics = choose(
-          run, counters.iteration, records, forest, rewards, estimated, buffer
-        )
-        with batches.ahead(learner):
-          metrics = {**sampling_metrics, **replay_metrics, **learner.update(chosen)}
-        counters.trained_s += time.perf_counter() - began
-      sampled = int(forest.lengths[forest.depth > 0].sum())
-      counters.tokens_sampled += sampled
-      counters.tokens_trained += int(metrics["train/tokens"])
-      metrics |= speed.measure(
-        metrics,
-        trained_s=counters.trained_s,
-        began_at=counters.began_at,
-        sampled=sampled,
-        weights=weights_per_token(run.model, learner.params),
-        epochs=config.epochs,
-        devices=run.mesh.devices.flat,
-      )
-      last = counters.iteration == config.iterations
-      if last or counters.iteration % config.eval.every == 0:
-        metrics |= evaluate(run, learner.params, held)
-      shown = last or counters.iteration == 1 or counters.iteration % config.eval.every == 0
+    while training.counters.iteration < config.iterations:
+      done = training.iterate(profile)
+      iteration, metrics = training.counters.iteration, done.metrics
+      last = iteration == config.iterations
+      if last or iteration % config.eval.every == 0:
+        metrics |= evaluate(run, training.params, held)
+      shown = last or iteration == 1 or iteration % config.eval.every == 0
       if shown and hosts.is_first():
-        rollouts.save(run, counters.iteration, forest, rewards, estimated, records)
-      log(run, writer, counters, clock, metrics | meter.read())
-      notices.look(config, counters.iteration, forest, rewards, metrics)
-      reason = why_unsound(config, int(forest.leaf.sum()), metrics)
+        rollouts.save(run, iteration, done.forest, done.rewards, done.estimated, done.records)
+      log(run, writer, training.counters, clock, metrics | meter.read())
+      notices.look(config, iteration, done.forest, done.rewards, metrics)
+      reason = why_unsound(config, int(done.forest.leaf.sum()), metrics)
       unsound = unsound + 1 if reason else 0
       if unsound >= config.unstable_limit:
         raise UserError(
           f"no update of the last {unsound} iterations was sound: stopped at iteration "
-          f"{counters.iteration}, of which nothing is saved; {reason}"
+          f"{iteration}, of which nothing is saved; {reason}"
         )
       stop, overdue = hosts.any_of_each(
         stopping.asked(), time.monotonic() - saved_at > config.checkpoint.every_s
       )
-      due = last or stop or overdue or counters.iteration % config.checkpoint.every == 0
+      due = last or stop or overdue or iteration % config.checkpoint.every == 0
       if due and not unsound:
-        save(checkpoints, counters, learner, batches, buffer, writer, metrics)
+        training.save(metrics, writer.position())
         saved_at = time.monotonic()
       if stop and not last:
-        checkpoints.wait()
-        raise Stopped(f"stopped after iteration {counters.iteration} of {config.iterations}")
+        training.wait()
+        raise Stopped(f"stopped after iteration {iteration} of {config.iterations}")
   if hosts.is_first():
     run.progress.note(f"report: {write_report(run.workdir)}")
-  return learner.params
+  return training.params
 
 
-def save(
-  checkpoints: Checkpoints,
-  counters: Counters,
-  learner: Learner,
-  batches: Batches,
-  buffer: ReplayBuffer | None,
-  writer: MetricWriter | NoWriter,
-  metrics: dict[str, float],
-) -> None:
-  """Begins to write a checkpoint of all that the next iterations depend on."""
-  record = {
-    "counters": dataclasses.asdict(counters),
-    "learner": learner.record(),
-    "metrics": writer.position(),
-    **batches.record(),
-  }
-  waiting = batches.arrays() | ({} if buffer is None else buffer.state())
-  checkpoints.save(
-    counters.iteration, learner.arrays(), record, waiting or None, metrics.get("eval/accuracy")
-  )
+class Training:
+  """What the iterations of a run change; all of it is in its checkpoints."""
+
+  def __init__(self, run: Run):
+    """Begins with the warm start."""
+    config = run.config
+    self._run = run
+    self.counters = Counters()
+    self._batches = Batches(run)
+    self._learner = Learner(run, warm_start(run))
+    self._buffer = None
+    if config.replay.max_age:
+      self._buffer = ReplayBuffer(
+        max_age=config.replay.max_age,
+        segments_per_question=config.replay.segments_per_question,
+      )
+    self._checkpoints = Checkpoints(
+      run.checkpoint_folder("checkpoints"),
+      keep=config.checkpoint.keep,
+      keep_best=config.checkpoint.keep_best,
+    )
+
+  @property
+  def params(self) -> Any:
+    """Parameters of the policy."""
+    return self._learner.params
+
+  def resume(self, writer: MetricWriter | NoWriter) -> None:
+    """Takes up, with the metrics, where the newest checkpoint was made that can be read, if any."""
+    keeps = self._buffer is not None or self._run.config.rollout.ahead
+
+    def read(step: int):
+      waiting = self._checkpoints.restore_host_arrays(step) if keeps else {}
+      return (*self._checkpoints.restore(step, self._learner.arrays()), waiting)
+
+    note = self._run.progress.note
+    if (newest := self._checkpoints.read_newest(read, note)) is None:
+      writer.clear()
+      return
+    arrays, record, waiting = newest
+    self._learner.load(arrays, record["learner"])
+    if self._buffer is not None:
+      self._buffer.restore(waiting)
+    self._batches.restore(record, waiting)
+    self.counters = Counters(**record["counters"])
+    writer.restore(record["metrics"])
+    note(f"resumed after iteration {self.counters.iteration}")
+
+  def iterate(self, profile: Collection[int]) -> Iteration:
+    """Samples a batch, estimates its advantages and updates the policy."""
+    run, counters, learner = self._run, self.counters, self._learner
+    config = run.config
+    counters.iteration += 1
+    began = time.perf_counter()
+    with profiling.trace(run.workdir, counters.iteration, profile):
+      records, forest, rewards, metrics = self._batches.take(learner.params)
+      estimated = estimate(
+        forest, rewards, config.advantage, probed=config.rollout.strategy == "chain"
+      )
+      chosen, of_buffer = choose(
+        run, counters.iteration, records, forest, rewards, estimated, self._buffer
+      )
+      with self._batches.ahead(learner):
+        metrics = {**metrics, **of_buffer, **learner.update(chosen)}
+      counters.trained_s += time.perf_counter() - began
+    sampled = int(forest.lengths[forest.depth > 0].sum())
+    counters.tokens_sampled += sampled
+    counters.tokens_trained += int(metrics["train/tokens"])
+    metrics |= speed.measure(
+      metrics,
+      trained_s=counters.trained_s,
+      began_at=counters.began_at,
+      sampled=sampled,
+      weights=weights_per_token(run.model, learner.params),
+      epochs=config.epochs,
+      devices=run.mesh.devices.flat,
+    )
+    return Iteration(records, forest, rewards, estimated, metrics)
+
+  def save(self, metrics: dict[str, float], position: dict[str, int | str]) -> None:
+    """Begins to write a checkpoint of all that the next iterations depend on.
+
+    Args:
+      metrics: of the last iteration.
+      position: of the writer of metrics.
+    """
+    record = {
+      "counters": dataclasses.asdict(self.counters),
+      "learner": self._learner.record(),
+      "metrics": position,
+      **self._batches.record(),
+    }
+    waiting = self._batches.arrays() | ({} if self._buffer is None else self._buffer.state())
+    self._checkpoints.save(
+      self.counters.iteration,
+      self._learner.arrays(),
+      record,
+      waiting or None,
+      metrics.get("eval/accuracy"),
+    )
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk."""
+    self._checkpoints.wait()
+
+  def close(self) -> None:
+    """Waits, and lets the checkpoints go."""
+    self._checkpoints.close()
 
 
 def why_unsound(config: Config, leaves: int, metrics: dict[str, float]) -> str | None:
