@@ -11,7 +11,7 @@ import math
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from absl import flags
 
@@ -40,6 +40,9 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _CHIP_GIB = flags.DEFINE_float("chip_gib", None, "memory of a chip, in place of the known one")
 _LAYERS = flags.DEFINE_list("layers", [], "two numbers: compile so many, draw a line to the rest")
+_PROGRAMS = flags.DEFINE_list(
+  "programs", [], "compile these alone, such as update/train_step; looks for no largest then"
+)
 _LARGEST = flags.DEFINE_bool("largest", True, "look for the largest packing.rows, rollout.slots")
 _COSTS = flags.DEFINE_bool("costs", False, "compare what programs cost with the least they could")
 _JSON = flags.DEFINE_string("json", None, "file for the plan as JSON")
@@ -50,9 +53,13 @@ def plan_from_flags() -> int:
   config = from_config_dict(command_line.CONFIG.value, Config)
   topology = open_topology(chosen_topology(_TOPOLOGY.value, config), _CHIP_GIB.value)
   note = lambda text: print(text, file=sys.stderr, flush=True)
-  plan = make_plan(
-    config, topology, _parse_layers(_LAYERS.value), _LARGEST.value, note, _COSTS.value
-  )
+  chosen, layers = _PROGRAMS.value, _parse_layers(_LAYERS.value)
+  if chosen and _COSTS.value:
+    raise UserError("--costs compares all programs: leave --programs out")
+  look = _LARGEST.value and not chosen
+  if chosen:
+    note(f"what follows is of {', '.join(chosen)} alone")
+  plan = make_plan(config, topology, layers, look, note, _COSTS.value, chosen)
   print("\n".join(report.lines(plan)))
   if _JSON.value:
     try:
@@ -88,6 +95,7 @@ def make_plan(
   look_for_largest: bool,
   note: Callable[[str], None],
   with_costs: bool = False,
+  chosen: Collection[str] = (),
 ) -> report.Plan:
   """Compiles the programs of a run for a topology; none, if the state alone does not fit.
 
@@ -98,9 +106,12 @@ def make_plan(
     look_for_largest: also look for the largest micro-batch and the most slots.
     note: tells the user a line.
     with_costs: also compare costs with their minimum, see `planning/minimum.py`.
+    chosen: the programs that are compiled, each as PHASE/NAME; () all. Not all go with neither of
+      the two above.
 
   Raises:
-    UserError: if the model is unknown, or the config does not go with the machine.
+    UserError: if the model or a chosen program is unknown, or the config does not go with the
+      machine.
   """
   mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
   shards = row_shards(mesh)
@@ -120,7 +131,8 @@ def make_plan(
   nothing = report.Plan(setup, topology, layers, [], [])
   if not nothing.state_fits:
     return nothing
-  compile_ = lambda setup, kind, only=None: measure_all(setup, kind, layers, note, only)
+  check_chosen(setup, chosen)
+  compile_ = lambda setup, kind, only=chosen: measure_all(setup, kind, layers, note, only)
   update = compile_(setup, programs.update_programs)
   sampling = compile_(setup, programs.sampling_programs)
   evaluation = compile_(setup, programs.evaluation_programs)
@@ -130,12 +142,12 @@ def make_plan(
     def with_rows(rows: int) -> Measured:
       packing = dataclasses.replace(config.packing, rows=rows)
       changed = dataclasses.replace(setup, config=dataclasses.replace(config, packing=packing))
-      return compile_(changed, programs.update_programs, update[-1].name)[0]
+      return compile_(changed, programs.update_programs, [update[-1].path])[0]
 
     def with_slots(slots: int) -> Measured:
       rollout = dataclasses.replace(config.rollout, slots=slots)
       changed = dataclasses.replace(setup, config=dataclasses.replace(config, rollout=rollout))
-      return compile_(changed, programs.sampling_programs, sampling[-1].name)[0]
+      return compile_(changed, programs.sampling_programs, [sampling[-1].path])[0]
 
     room = topology.chip_bytes
     largest = [
@@ -156,6 +168,18 @@ def make_plan(
     (train,) = (program for program in update if program.name == "train_step")
     costs = minimum.costs(setup, step, train)
   return report.Plan(setup, topology, layers, [*update, *sampling, *evaluation], largest, costs)
+
+
+def check_chosen(setup: programs.Setup, chosen: Collection[str]) -> None:
+  """Checks names of programs against those of a run.
+
+  Raises:
+    UserError: if the run has no such program.
+  """
+  known = [program.path for kind in programs.KINDS for program in kind(setup)]
+  for path in chosen:
+    if path not in known:
+      raise UserError(f"this run has no program '{path}', it has: {', '.join(known)}")
 
 
 def planned_decoder(config: Config) -> DecoderConfig:

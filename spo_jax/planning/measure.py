@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -42,6 +42,11 @@ class Measured:
   layer_flops: float | None = None
   layer_accessed: float | None = None
   sent: tuple[Collective, ...] = ()
+
+  @property
+  def path(self) -> str:
+    """As `Program.path`."""
+    return f"{self.phase}/{self.name}"
 
   @property
   def total(self) -> float:
@@ -109,7 +114,7 @@ def measure_all(
   programs: Callable[[Setup], Iterator[Program]],
   layers: tuple[int, ...],
   note: Callable[[str], None],
-  only: str | None = None,
+  only: Collection[str] = (),
 ) -> list[Measured]:
   """Compiles programs of a run.
 
@@ -120,16 +125,16 @@ def measure_all(
       are the line through the two, at the model's own number. Of some programs the model itself is
       compiled in any case, see `Program.whole`.
     note: tells the user a line.
-    only: the name of the one program that is wanted.
+    only: the paths of the programs that are wanted; () all.
   """
   wanted = lambda count: [
-    program for program in programs(_with_layers(setup, count)) if only in (None, program.name)
+    program for program in programs(_with_layers(setup, count)) if not only or program.path in only
   ]
 
   def compiled(program: Program, count: int) -> Measured:
     result = measure(program)
     note(
-      f"compiled {result.phase}/{result.name}, {count} layers: {result.seconds:.0f} s, "
+      f"compiled {result.path}, {count} layers: {result.seconds:.0f} s, "
       f"{result.total / GIB:.2f} GiB at once"
     )
     return result

@@ -61,6 +61,11 @@ class Program:
   # line would mislead.
   whole: bool = False
 
+  @property
+  def path(self) -> str:
+    """What the user calls it."""
+    return f"{self.phase}/{self.name}"
+
 
 def abstract_params(setup: Setup):
   """Shapes and shardings of the parameters."""
@@ -303,6 +308,9 @@ def evaluation_programs(setup: Setup) -> Iterator[Program]:
   yield _prefill(setup, sampler, "evaluation", batch, prompt)
   level = Level(batch, 1, prompt, config.rollout.max_response_tokens, keep_cache=False)
   yield _decode(setup, sampler, "evaluation", "decode", level)
+
+
+KINDS = (update_programs, sampling_programs, evaluation_programs)
 
 
 def _sampler(setup: Setup, as_rollout: bool) -> Sampler:

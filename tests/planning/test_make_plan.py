@@ -66,8 +66,20 @@ def test_rows_stay_on_their_device(planned):
   """Where weights are not gathered, every device computes all rows."""
   step = next(p for p in planned[0].programs if p.name == "train_step")
   left = dataclasses.replace(setup_of(), model=MODEL)
-  (alone,) = measure.measure_all(left, programs.update_programs, (), print, "train_step")
+  (alone,) = measure.measure_all(left, programs.update_programs, (), print, ["update/train_step"])
   assert step.temporaries < 0.7 * alone.temporaries
+
+
+def test_chosen_programs_are_compiled_alone(monkeypatch):
+  monkeypatch.setattr(plan, "planned_decoder", lambda config: MODEL)
+  monkeypatch.setattr(measure, "measure", lambda program: sized(1.0, program.phase, program.name))
+  make = lambda *chosen: plan.make_plan(
+    CONFIG, open_topology("cpu:8", 1.0), (), False, lambda _: None, chosen=chosen
+  )
+  found = make("evaluation/decode", "sampling/extend level 1")
+  assert [p.path for p in found.programs] == ["sampling/extend level 1", "evaluation/decode"]
+  with pytest.raises(UserError, match="no program 'decode', it has: update/prepare, update/train_"):
+    make("decode")
 
 
 def test_nothing_is_compiled_where_the_state_does_not_fit(monkeypatch):

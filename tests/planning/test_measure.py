@@ -77,11 +77,11 @@ def test_two_numbers_of_layers_tell_of_the_models_own():
   assert [(p.name, p.arguments) for p in found] == [("decode", 740), ("extend", 740)]
   assert layers == [1, 3, 7]  # of the 7 no program is compiled
   assert len(notes) == 4 and notes[0].startswith("compiled sampling/decode, 1 layers")
-  (alone,) = measure.measure_all(setup, programs, (), notes.append, only="extend")
+  (alone,) = measure.measure_all(setup, programs, (), notes.append, only=["sampling/extend"])
   assert (alone.name, alone.arguments) == ("extend", 740)
   assert len(notes) == 5 and notes[4].startswith("compiled sampling/extend, 7 layers")
   whole = lambda part: (dataclasses.replace(p, whole=True) for p in programs(part))
-  (alone,) = measure.measure_all(setup, whole, (1, 3), notes.append, only="extend")
+  (alone,) = measure.measure_all(setup, whole, (1, 3), notes.append, only=["sampling/extend"])
   assert alone.arguments == 740 and len(notes) == 6 and "7 layers" in notes[5]
 
 

@@ -91,8 +91,8 @@ def test_a_layers_products_are_counted_as_the_least_says():
   """Attention, norms and activations come on top of the matrices."""
   setup = setup_of()
   compile_ = lambda kind, only: measure.measure_all(setup, kind, (1, 2), print, only)
-  (train,) = compile_(programs.update_programs, "train_step")
-  (step,) = compile_(lambda setup: iter([programs.decode_step(setup)]), None)
+  (train,) = compile_(programs.update_programs, ["update/train_step"])
+  (step,) = compile_(lambda setup: iter([programs.decode_step(setup)]), ())
   found = minimum.costs(setup, step, train)
   assert 1 < found[1].ratio < 2 and found[2].found > 0
   topology = Topology("cpu:8", list(setup.mesh.devices.flat), 2**30)
@@ -107,7 +107,7 @@ def test_a_layers_products_are_counted_as_the_least_says():
 
 
 def test_a_plan_has_costs_where_they_are_asked_for(monkeypatch):
-  def pretend(setup, kind, layers, note, only=None):
+  def pretend(setup, kind, layers, note, only=()):
     names = [program.name for program in kind(setup)]
     measured = dataclasses.replace(sized(1.0), accessed=5.0, layer_flops=1.0, layer_accessed=1.0)
     return [dataclasses.replace(measured, name=name) for name in names]
