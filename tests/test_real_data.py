@@ -219,16 +219,23 @@ def test_failures_of_the_grader_are_counted_and_the_run_goes_on(model, data_dir,
   assert_finite(trained)
 
 
-def test_a_grader_that_always_fails_is_told(model, data_dir, tmp_path):
-  config = configure(
+@pytest.fixture(scope="module")
+def without_grader(model, data_dir):
+  """A config whose grader always fails."""
+  return configure(
     spo_chain,
     "rho1b_gsm8k",
     model,
     data_dir,
     data__grader="tests.rewards.hostile:fail",
     advantage__unfinished_penalty=-1.0,
-    unstable_limit=4,
+    checkpoint__every=1,
   )
+
+
+def test_a_grader_that_always_fails_is_told(without_grader, tmp_path):
+  iterations = without_grader.iterations
+  config = dataclasses.replace(without_grader, unstable_limit=iterations + 1)
   trained = run_once(config, tmp_path)
   (told,) = [line for line in trained.told if TRAINS_NOTHING in line]
   number = len(trained.texts[0])
@@ -240,23 +247,13 @@ def test_a_grader_that_always_fails_is_told(model, data_dir, tmp_path):
   assert not moved(trained)
 
 
-def test_a_grader_that_is_gone_stops_the_run_which_saves_nothing_of_it(model, data_dir, tmp_path):
-  """By all of three responses it is gone, by two of them it is not."""
+def test_a_grader_that_is_gone_stops_the_run_which_saves_nothing_of_it(without_grader, tmp_path):
+  """By all of three responses it is gone, by three of four it is not."""
   metrics = {"train/grader_failures": 3, "train/unstable": 0}
-  assert "failed on all of the last 3 responses" in why_unsound(Config(), 3, metrics)
-  assert why_unsound(Config(), 4, metrics) is None
-  config = configure(
-    spo_chain,
-    "rho1b_gsm8k",
-    model,
-    data_dir,
-    data__grader="tests.rewards.hostile:fail",
-    advantage__unfinished_penalty=-1.0,
-    unstable_limit=2,
-    checkpoint__every=1,
-  )
+  assert "failed on all of the last 3 responses" in why_unsound(without_grader, 3, metrics)
+  assert why_unsound(without_grader, 4, metrics) is None
   with pytest.raises(UserError, match="stopped at iteration 2, .*hostile:fail' failed on all"):
-    run_once(config, tmp_path)
+    run_once(dataclasses.replace(without_grader, unstable_limit=2), tmp_path)
   assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 

@@ -210,7 +210,8 @@ class _PatientLoop(asyncio.SelectorEventLoop):
 class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
   """Gives out patient loops."""
 
-  _loop_factory = _PatientLoop
+  def new_event_loop(self) -> asyncio.AbstractEventLoop:
+    return _PatientLoop()
 
 
 def _to_bytes(arrays: dict[str, np.ndarray]) -> np.ndarray:
