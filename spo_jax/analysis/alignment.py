@@ -24,8 +24,9 @@ class Alignment(NamedTuple):
   tokens: float  # sampled, an update
   prompts: int
   updates: int  # that the figures are from
-  cosine: Figure  # of an update's gradient and the true one
-  mean_cosine: Figure  # of the mean of infinitely many: 1 if the method is unbiased
+  cosine: Figure  # of an update's gradient and the true one; 0 where the gradient is 0
+  # Of the mean of infinitely many: 1 if the method is unbiased; NaN if noise hides the mean.
+  mean_cosine: Figure
   signal_to_noise: Figure  # |E g|² / E|g - E g|²
   adam_cosine: Figure  # of both after division by the root of the second moment; `adam_scale`
 
@@ -88,8 +89,9 @@ def adam_scale(truth: np.ndarray) -> np.ndarray:
 
 
 def _cosines(rows: np.ndarray, truth: np.ndarray) -> np.ndarray:
-  norm = np.sqrt(max(squared_norm(truth), 0.0))
-  return rows @ truth.mean(0, dtype=np.float64) / (np.linalg.norm(rows, axis=1) * norm)
+  """[C] of gradients; 0 of one that is 0, as if all advantages of its batch are."""
+  norms = np.linalg.norm(rows, axis=1) * np.sqrt(max(squared_norm(truth), 0.0))
+  return rows @ truth.mean(0, dtype=np.float64) / np.where(norms > 0, norms, 1)
 
 
 def _mean(values: np.ndarray) -> Figure:

@@ -172,11 +172,10 @@ def policy_objective(
     loss = Σ_tokens w · PPO-clip / Σ w + kl_coef Σ_tokens KL / segments
            + forward_kl_coef Σ_tokens KL(reference, policy) / tokens
 
-  A token's PPO-clip is multiplied by its importance weight, if there is an `importance_cap`; the
-  divisor is not, so the sum estimates the policy's own mean.
-  with the first term's kin by `loss_cfg.kind`: -Σ w A log π ("likelihood"), or DPO-positive over
-  pairs of responses. The KL is summed over a segment's tokens and averaged over segments, as in the
-  reference.
+  In place of the first term `loss_cfg.kind` may have -Σ w A log π / Σ w ("likelihood"), or
+  DPO-positive over pairs of responses. A token's PPO-clip is multiplied by its importance weight,
+  if there is an `importance_cap`; the divisor is not, so the sum estimates the policy's own mean.
+  The KL is summed over a segment's tokens and averaged over segments, as in the reference.
 
   Args:
     cfg: decoder geometry.

@@ -57,6 +57,17 @@ def test_a_gradient_across_the_true_one_has_cosine_zero(made_up):
   assert abs(mean_cosine(rows, truth).value) < 0.1
 
 
+def test_a_batch_that_teaches_nothing_goes_nowhere(made_up):
+  _, truth, found = made_up
+  silent = np.zeros_like(found.sums)
+  half = found._replace(sums=np.where(np.arange(BATCHES)[:, None] % 2, found.sums, silent))
+  all_of_them, every_other = align(found, truth, 1), align(half, truth, 1)
+  counted = found._replace(sums=found.sums[1::2], units=found.units[1::2])
+  of_the_others = align(counted, truth, 1).cosine.value
+  assert abs(every_other.cosine.value - of_the_others / 2) < 1e-6
+  assert 0 < every_other.adam_cosine.value < all_of_them.adam_cosine.value
+
+
 def test_batches_are_pooled_by_sums_over_tokens():
   sums = np.array([[2.0], [4.0], [9.0], [0.0], [7.0]], np.float32)
   found = Gradients(sums, np.array([1.0, 3.0, 1.0, 2.0, 1.0]), np.ones(5), 1)
