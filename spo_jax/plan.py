@@ -106,8 +106,8 @@ def make_plan(
     look_for_largest: also look for the largest micro-batch and the most slots.
     note: tells the user a line.
     with_costs: also compare costs with their minimum, see `planning/minimum.py`.
-    chosen: the programs that are compiled, each as PHASE/NAME; () all. Not all go with neither of
-      the two above.
+    chosen: the programs that are compiled, each as PHASE/NAME; () all. A choice goes with neither
+      of the two above.
 
   Raises:
     UserError: if the model or a chosen program is unknown, or the config does not go with the
