@@ -14,4 +14,4 @@ run export EXTRAS="${EXTRAS:-test}"
 run source launch/environment.sh
 run ruff check .
 run ruff format --check .
-run exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+run exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

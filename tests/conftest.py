@@ -34,6 +34,11 @@ MEMORY_MAPS = pathlib.Path("/proc/self/maps")
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
+def pytest_collection_modifyitems(items):
+  """Whole runs first, which stand beside this file: no worker is left with a long one."""
+  items.sort(key=lambda item: item.path.parent != FIXTURES.parent)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
   """Forgets compiled programs between modules when they have become many."""

@@ -182,7 +182,7 @@ def test_test():
   assert export == ["export", "EXTRAS=test"] and source == ["source", "launch/environment.sh"]
   assert (check, form) == (["ruff", "check", "."], ["ruff", "format", "--check", "."])
   assert test[:5] == ["exec", "python", "-m", "pytest", "--numprocesses=2"]
-  assert test[5:] == ["--dist=loadfile", "tests/a b"]
+  assert test[5:] == ["--dist=loadfile", "--no-loadscope-reorder", "tests/a b"]
 
 
 def test_gpu():
