@@ -101,8 +101,10 @@ def test_remat_changes_what_is_kept_and_computed_twice_but_no_gradient(monkeypat
 KINDS = (LayerKind(Rope(1e4, "exact")), LayerKind(Rope(1e3, "exact"), window=3))
 
 
-@pytest.mark.parametrize("remat", ["none", "blocks"])
-@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS, KINDS[:1] * 6, KINDS * 3])
+@pytest.mark.parametrize(
+  ("kinds", "remat"),
+  [(KINDS[:1], "none"), (KINDS, "blocks"), (KINDS[:1] * 6, "blocks"), (KINDS * 3, "none")],
+)
 def test_scanned_layers_are_the_layers(tokens, kinds, remat):
   """States, gradients and caches; the last layer, whose states are read in part, is no turn. Kinds
   that are named layer by layer, as checkpoints do, are a turn of those that differ."""

@@ -170,7 +170,7 @@ def test_logprobs_are_those_of_a_causal_pass(params, prompts, prefix, groups, se
   assert logprob_gap(params, tokens, deeper, decode(params, extended, deeper)) < 1e-4
 
 
-@pytest.mark.parametrize("suffix_chunks", [1, 3, S])
+@pytest.mark.parametrize("suffix_chunks", [1, 3, 4])
 def test_chunks_of_the_suffix_change_nothing(params, prefix, groups, segments, suffix_chunks):
   other = decode(params, prefix, groups, suffix_chunks=suffix_chunks)
   assert {len(chunks) for chunks in other.cache} == {suffix_chunks}
