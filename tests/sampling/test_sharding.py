@@ -50,7 +50,7 @@ def one_device():
   return grow(make_mesh(1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_sharded_sampling_is_that_of_one_device(one_device, shape):
   mesh = make_mesh(*shape)
   params, prefix, *forests = grow(mesh)
