@@ -87,31 +87,35 @@ def flags_of_libraries():
     importlib.import_module(module)
 
 
-def spoil(workdir, name):
-  """Does to a finished run what its name says."""
-  if name == "truncated":
-    truncate_arrays(workdir)
-  elif name == "tampered":
-    (workdir / "metrics.jsonl").write_text("{}\n")
+def tamper(workdir):
+  (workdir / "metrics.jsonl").write_text("{}\n")
+
+
+def leave(workdir):
+  """Does nothing."""
 
 
 @pytest.mark.parametrize(
-  ("workdir", "fields", "message"),
+  ("spoil", "fields", "message"),
   [
-    ("finished", {"seed": 7}, "holds a run with another config (seed differs)"),
-    ("truncated", {}, "checkpoints/2 cannot be read"),
-    ("tampered", {}, "metrics.jsonl has 3 bytes but the checkpoint was made at"),
-    ("", {"eval__split": "train[:0]"}, "split 'train[:0]' of data set 'arithmetic/plain' is empty"),
-    ("", {"mesh__data": 16}, "needs 16 devices, there are 8"),
+    (leave, {"seed": 7}, "holds a run with another config (seed differs)"),
+    (truncate_arrays, {}, "checkpoints/2 cannot be read"),
+    (tamper, {}, "metrics.jsonl has 3 bytes but the checkpoint was made at"),
+    (
+      None,
+      {"eval__split": "train[:0]"},
+      "split 'train[:0]' of data set 'arithmetic/plain' is empty",
+    ),
+    (None, {"mesh__data": 16}, "needs 16 devices, there are 8"),
   ],
 )
 def test_every_mistake_is_one_line_and_exit_status_2(
-  workdir, fields, message, finished, tmp_path, monkeypatch, capsys
+  spoil, fields, message, finished, tmp_path, monkeypatch, capsys
 ):
+  """In a finished run's workdir, spoiled or not, or in a new one."""
   monkeypatch.chdir(tiny_run.REPOSITORY)
-  if workdir:
-    shutil.copytree(finished, tmp_path / "run")
-    spoil(tmp_path / "run", workdir)
+  if spoil:
+    spoil(shutil.copytree(finished, tmp_path / "run"))
   words = tiny_run.command(CONFIG, tmp_path / "run", **{"iterations": 2, **fields})[2:]
   with flagsaver.flagsaver():
     status = command_line.run_command(words, Config, main.train_from_flags)
