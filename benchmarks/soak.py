@@ -12,11 +12,9 @@ done again, and how processes ended whose neighbour was killed.
 
 import argparse
 import json
-import os
 import pathlib
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,19 +25,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from benchmarks.run_processes import POLL_S, metrics_without_timings, start, wait_all
 from benchmarks.timing import machine, run
 from spo_jax.errors import UserError
 from spo_jax.infra import hosts
-from spo_jax.infra.metrics import METRICS_FILE, read_metrics
+from spo_jax.infra.metrics import read_metrics
 from spo_jax.infra.stopping import STOPPED_STATUS
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
 KINDS = ("SIGKILL of all", "SIGTERM of all", "SIGKILL of one", "SIGTERM of one")
 # A process whose neighbour is gone must have ended by then, even if it waits for it to come.
 MOST_END_S = hosts.START_S + 2 * hosts.SILENCE_S
-POLL_S = 0.05
-# What differs between runs that are the same: seconds, and what is made of them.
-TIMINGS = ("time/", "speed/")
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -61,40 +56,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   return args, fields
 
 
-def start(
+def start_run(
   args: argparse.Namespace, fields: list[str], workdir: pathlib.Path
 ) -> list[subprocess.Popen]:
-  """The processes of a run, which go on from what the folder holds."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  words = [sys.executable, "-m", "spo_jax.main", f"--config={args.config}", f"--workdir={workdir}"]
-  words += [*fields, f"--export={workdir}/model"]
-  several = [f"--coordinator=localhost:{port}", f"--num_processes={args.processes}"]
-  started = []
-  for i in range(args.processes):
-    own = [*several, f"--process_id={i}"] if args.processes > 1 else []
-    with open(f"{workdir}.log.{i}", "ab") as log:
-      started.append(
-        subprocess.Popen([*words, *own], cwd=REPOSITORY, stdout=log, stderr=log, env=os.environ)
-      )
-  return started
-
-
-def wait_all(processes: list[subprocess.Popen], most_s: float) -> tuple[list[int], float]:
-  """(exit statuses, seconds until all had ended).
-
-  Raises:
-    UserError: if one has not ended in time; it is killed.
-  """
-  began = time.monotonic()
-  while any(process.poll() is None for process in processes):
-    if time.monotonic() - began > most_s:
-      for process in processes:
-        process.kill()
-      raise UserError(f"a process went on for {most_s:.0f} s after its neighbour was gone")
-    time.sleep(POLL_S)
-  return [process.returncode for process in processes], time.monotonic() - began
+  """The processes of the run, which ends with an export."""
+  return start(args.config, [*fields, f"--export={workdir}/model"], workdir, args.processes)
 
 
 def lines(workdir: pathlib.Path) -> int:
@@ -111,7 +77,7 @@ def kill_once(
   """
   before = lines(workdir)
   began = time.monotonic()
-  processes = start(args, fields, workdir)
+  processes = start_run(args, fields, workdir)
   after_first = rng.random() < 0.7
   left_s = rng.uniform(0, args.longest)
   resumed_s = None
@@ -153,11 +119,8 @@ def same(a: pathlib.Path, b: pathlib.Path) -> None:
   Raises:
     UserError: naming the first difference.
   """
-  plain = lambda workdir: [
-    {key: value for key, value in row.items() if not key.startswith(TIMINGS)}
-    for row in map(json.loads, (workdir / METRICS_FILE).read_text().splitlines())
-  ]
-  for one, other in zip(plain(a), plain(b), strict=True):
+  of_a, of_b = map(metrics_without_timings, (a, b))
+  for one, other in zip(of_a, of_b, strict=True):
     if one != other:
       raise UserError(f"iteration {one['iteration']} differs: {one} {other}")
   models = [load_file(workdir / "model" / "model.safetensors") for workdir in (a, b)]
@@ -175,7 +138,7 @@ def measure(args: argparse.Namespace, fields: list[str]) -> None:
   args.folder.mkdir(parents=True, exist_ok=True)
   folder = args.folder.absolute()
   began = time.monotonic()
-  statuses, _ = wait_all(start(args, fields, folder / "whole"), float("inf"))
+  statuses, _ = wait_all(start_run(args, fields, folder / "whole"), float("inf"))
   whole_s = time.monotonic() - began
   if any(statuses):
     raise UserError(f"the run without kills ended with {statuses}: see {folder}/whole.log.0")
@@ -189,7 +152,7 @@ def measure(args: argparse.Namespace, fields: list[str]) -> None:
       kills.append(found)
       print(json.dumps(found), flush=True)
   if not done:
-    statuses, _ = wait_all(start(args, fields, folder / "killed"), float("inf"))
+    statuses, _ = wait_all(start_run(args, fields, folder / "killed"), float("inf"))
     if any(statuses):
       raise UserError(f"the last start ended with {statuses}: see {folder}/killed.log.0")
   same(folder / "whole", folder / "killed")

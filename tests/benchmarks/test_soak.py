@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import soak
+from benchmarks import run_processes, soak
 from spo_jax.errors import UserError
 
 
@@ -50,9 +50,9 @@ def test_a_process_that_does_not_end_is_killed_and_told():
   sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
   ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
   with pytest.raises(UserError, match="went on for 0 s"):
-    soak.wait_all([sleeper, ended], 0.2)
+    run_processes.wait_all([sleeper, ended], 0.2)
   assert sleeper.wait() < 0
-  assert soak.wait_all([ended], 5)[0] == [3]
+  assert run_processes.wait_all([ended], 5)[0] == [3]
 
 
 def test_fields_of_the_config_are_told_from_mistakes(capsys):

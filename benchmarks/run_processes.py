@@ -1,0 +1,79 @@
+"""Runs of the real command in processes of their own, one or several a run, and how two compare."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spo_jax.errors import UserError
+from spo_jax.infra.metrics import METRICS_FILE
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+POLL_S = 0.05
+# What differs between runs that are the same: seconds, and what is made of them.
+TIMINGS = ("time/", "speed/")
+
+
+def start(
+  config: str,
+  fields: Sequence[str],
+  workdir: pathlib.Path,
+  processes: int = 1,
+  variables: Mapping[str, str] | None = None,
+) -> list[subprocess.Popen]:
+  """The processes of a run, which go on from what the folder holds.
+
+  Process i writes what it tells to `WORKDIR.log.i`.
+
+  Args:
+    config: the config's file, as for `spo_jax.main`.
+    fields: words like --config.field=value, and other flags.
+    workdir: absolute.
+    processes: of the run, all on this machine.
+    variables: of the environment, beside those of this process.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  words = [sys.executable, "-m", "spo_jax.main", f"--config={config}", f"--workdir={workdir}"]
+  several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+  environment = os.environ | (variables or {})
+  started = []
+  for i in range(processes):
+    own = [*several, f"--process_id={i}"] if processes > 1 else []
+    with open(f"{workdir}.log.{i}", "ab") as log:
+      started.append(
+        subprocess.Popen(
+          [*words, *fields, *own], cwd=REPOSITORY, stdout=log, stderr=log, env=environment
+        )
+      )
+  return started
+
+
+def wait_all(processes: list[subprocess.Popen], most_s: float) -> tuple[list[int], float]:
+  """(exit statuses, seconds until all had ended).
+
+  Raises:
+    UserError: if one has not ended in time; it is killed.
+  """
+  began = time.monotonic()
+  while any(process.poll() is None for process in processes):
+    if time.monotonic() - began > most_s:
+      for process in processes:
+        process.kill()
+      raise UserError(f"a process went on for {most_s:.0f} s after its neighbour was gone")
+    time.sleep(POLL_S)
+  return [process.returncode for process in processes], time.monotonic() - began
+
+
+def metrics_without_timings(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The metrics of a run that does not write any more, without those that seconds go into."""
+  return [
+    {name: value for name, value in row.items() if not name.startswith(TIMINGS)}
+    for row in map(json.loads, (workdir / METRICS_FILE).read_text().splitlines())
+  ]
