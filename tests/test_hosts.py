@@ -1,6 +1,5 @@
 """Runs of several processes: what they compute, how they end, and on what they are resumed."""
 
-import json
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.run_processes import metrics_without_timings
 from spo_jax.errors import USER_ERROR_STATUS, UserError
 from spo_jax.infra import hosts
 from spo_jax.infra.stopping import STOPPED_STATUS
@@ -63,10 +63,7 @@ def test_two_processes_stopped_and_resumed_by_one_are_as_one(tmp_path):
   assert sorted(path.parents[3].name for path in traces) == ["process_0", "process_1"]
   (resumed,) = end(start(tmp_path / "pair", 1, mesh__data=4, mesh__fsdp=1))
   assert resumed[0] == 0, resumed[1]
-  of_whole, of_pair = (
-    [json.loads(line) for line in tiny_run.metrics_without_timings(tmp_path / name)]
-    for name in ("whole", "pair")
-  )
+  of_whole, of_pair = (metrics_without_timings(tmp_path / name) for name in ("whole", "pair"))
   assert len(of_whole) == len(of_pair) == 4
   for one, other in zip(of_whole, of_pair, strict=True):
     assert one.keys() == other.keys()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import random_model
+from benchmarks.run_processes import SIGNAL
 from configs import spo_chain, spo_tree
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
@@ -185,8 +186,7 @@ def test_a_reward_that_can_be_earned_is_learnt(model, data_dir, tmp_path):
     "rho1b_gsm8k",
     model,
     data_dir,
-    data__grader="tests.rewards.hostile:has_digit",
-    advantage__grade_unfinished=True,
+    **SIGNAL,
     iterations=12,
   )
   trained = run_once(config, tmp_path)

@@ -1,15 +1,13 @@
 """A run that is killed and started again is, bit for bit, the run that was not."""
 
-import json
 import signal
 import time
 
 import pytest
 
+from benchmarks.run_processes import SIGNAL, metrics_without_timings
 from tests import tiny_run
 
-# A grader that a random policy meets often, not always: there is something to train.
-SIGNAL = {"data__grader": "tests.rewards.hostile:has_digit", "advantage__grade_unfinished": True}
 FIELDS = SIGNAL | {"rollout__branches": (2, 2), "rollout__segment_tokens": (6,)}
 
 
@@ -38,7 +36,7 @@ def kill_when(workdir, reached):
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("uninterrupted")
   finish(workdir)
-  return tiny_run.metrics_without_timings(workdir)
+  return metrics_without_timings(workdir)
 
 
 def test_killed_in_warm_start_and_later(uninterrupted, tmp_path):
@@ -52,7 +50,7 @@ def test_killed_in_warm_start_and_later(uninterrupted, tmp_path):
   assert kill_when(tmp_path, warm_start_saved)
   assert kill_when(tmp_path, rolling_out_or_writing)
   finish(tmp_path)
-  assert tiny_run.metrics_without_timings(tmp_path) == uninterrupted
+  assert metrics_without_timings(tmp_path) == uninterrupted
   assert len(uninterrupted) == 5
-  skipped = [json.loads(line)["train/skipped"] for line in uninterrupted[1:]]
+  skipped = [line["train/skipped"] for line in uninterrupted[1:]]
   assert sum(skipped) < len(skipped)  # else there would be nothing to lose but random numbers

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.run_processes import SIGNAL, metrics_without_timings
 from configs import dpo_positive, dr_grpo, grpo, ppo, restem, rloo, spo_chain, spo_tree, vineppo
 from spo_jax import batches
 from spo_jax.command_line import claim_workdir
@@ -42,10 +43,6 @@ CONTRACT = {
   "speed/trained_tokens_s",
   "speed/goodput",
 }
-
-
-# A grader that a random policy meets often, not always: there is something to train.
-SIGNAL = {"data__grader": "tests.rewards.hostile:has_digit", "advantage__grade_unfinished": True}
 
 
 def tiny_config(module, **overrides):
@@ -162,7 +159,7 @@ def test_resuming_is_exact_and_compiles_nothing_new(tree_run, tmp_path):
   before = compiled_programs()
   resumed = run_once(config, tmp_path)
   assert compiled_programs() == before
-  assert tiny_run.metrics_without_timings(tmp_path) == tiny_run.metrics_without_timings(workdir)
+  assert metrics_without_timings(tmp_path) == metrics_without_timings(workdir)
   assert len(resumed) == len(lines)
   saved = []
   for folder in (workdir, tmp_path):
@@ -213,7 +210,7 @@ def test_what_a_method_keeps_beside_its_policy_is_resumed(module, overrides, tmp
   run_once(config, tmp_path / "whole")
   run_once(dataclasses.replace(config, iterations=1), tmp_path / "resumed")
   lines = run_once(config, tmp_path / "resumed")
-  got, want = (tiny_run.metrics_without_timings(tmp_path / name) for name in ("resumed", "whole"))
+  got, want = (metrics_without_timings(tmp_path / name) for name in ("resumed", "whole"))
   # The shorter run evaluated its last iteration too.
   assert [got[0], *got[2:]] == [want[0], *want[2:]]
   assert all(line["train/skipped"] < 1 for line in lines[1:])

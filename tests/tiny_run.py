@@ -1,7 +1,6 @@
 """A run small enough for tests: the real command with a tiny model and few prompts."""
 
 import hashlib
-import json
 import os
 import pathlib
 import subprocess
@@ -10,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 
 import jax
+
+from benchmarks import run_processes
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -21,22 +22,11 @@ def data_dir() -> str:
   return os.path.join(tempfile.gettempdir(), f"spo_jax_test_data_{version}")
 
 
-TINY = {
+TINY = run_processes.TINY | {
   "iterations": 4,
   "data.data_dir": data_dir(),
-  "new_model.layers": 1,
-  "new_model.width": 16,
-  "new_model.head_dim": 8,
-  "new_model.ffn": 32,
-  "warm_start.max_steps": 4,
-  "warm_start.eval_every": 2,
-  "warm_start.batch_size": 8,
-  "warm_start.eval_prompts": 8,
   "rollout.prompts": 8,
-  "rollout.suffix_chunks": 1,  # each is a loop to compile
-  "packing.rows": 8,
   "eval.every": 2,
-  "eval.prompts": 8,
   "checkpoint.every": 2,
   "mesh.data": 1,
 }
@@ -77,13 +67,3 @@ def start(
     stderr=subprocess.PIPE,
     text=True,
   )
-
-
-def metrics_without_timings(workdir: pathlib.Path) -> list[str]:
-  """Lines of metrics.jsonl without the fields that seconds go into, other bytes as they are."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  kept = []
-  for line in lines:
-    fields = json.loads(line).items()
-    kept.append(json.dumps({k: v for k, v in fields if not k.startswith(("time/", "speed/"))}))
-  return kept

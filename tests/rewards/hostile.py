@@ -65,12 +65,6 @@ def by_length(response: str, answer: str) -> float:
   return float(kind == 3)
 
 
-def has_digit(response: str, answer: str) -> float:
-  """1.0 for a response in which a digit stands, whatever the answer."""
-  del answer
-  return float(any(letter in "0123456789" for letter in response))
-
-
 def fail(response: str, answer: str) -> float:
   """Raises."""
   raise RuntimeError(f"{response} or {answer}?")
