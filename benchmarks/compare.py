@@ -69,7 +69,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
   add("--calibration_iterations", type=int, default=24)
   add("--set", nargs="+", default=(), metavar="FIELD=VALUE", help="fields of all runs")
   add("--env", nargs="+", default=(), metavar="KEY=VALUE", help="environment of all runs")
-  add("--jobs", type=int, default=1, help="runs at a time")
+  add("--jobs", type=int, default=1, help="runs at a time, each on cores of its own")
   add("--deadline_s", type=float, default=math.inf, help="then running ones are stopped")
   add("--only", nargs="+", default=STAGES, choices=STAGES, help="stages")
   return parser.parse_args(argv)

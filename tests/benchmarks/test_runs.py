@@ -1,6 +1,7 @@
 """Processes: done already, gone on with, failed, stopped, alive from before."""
 
 import json
+import os
 import sys
 import textwrap
 import time
@@ -13,7 +14,7 @@ from spo_jax.errors import UserError
 
 # Stands in for training: writes metrics as far as the field `reach` says, then ends or sleeps.
 PROGRAM = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 flags = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
 workdir, last = pathlib.Path(flags["workdir"]), int(flags["config.iterations"])
 with open(workdir / "begun", "a") as file:
@@ -26,6 +27,9 @@ if flags["config"] == "slow" or flags["config"] == "slow at first" and not again
   time.sleep(60)
 if flags["config"] == "late":
   time.sleep(1)
+if flags["config"] == "cores":
+  time.sleep(0.1)
+  (workdir / "cores").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 (workdir / "metrics.jsonl").write_text(json.dumps({"iteration": last}) + "\\n")
 (workdir / "report.html").touch()
 """
@@ -58,6 +62,25 @@ def test_finished_runs_are_not_made_again_and_failures_do_not_stop_the_others(tm
   assert [begun(run) for run in [bad, *good]] == [1, 1, 1, 1]
   Maker(say=said.append).make([bad, *good])  # another call tries again what failed
   assert [begun(run) for run in [bad, *good]] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+  ("jobs", "found"),
+  [(1, [None]), (2, [[2, 5, 7], [3, 6]]), (6, [[2], [3], [5], [6], [7], [2]])],
+)
+def test_runs_at_a_time_share_the_cores(monkeypatch, jobs, found):
+  monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: {7, 3, 2, 6, 5}, raising=False)
+  monkeypatch.setattr(runs.os, "sched_setaffinity", None, raising=False)
+  assert runs.shares(jobs) == found
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot tie processes")
+def test_a_run_keeps_to_its_cores(tmp_path, monkeypatch):
+  core = max(os.sched_getaffinity(0))
+  monkeypatch.setattr(runs, "shares", lambda jobs: [[core]] * jobs)
+  made = [Run(tmp_path / f"run{i}", "cores", {"iterations": 3}) for i in range(3)]
+  Maker(jobs=2, say=lambda _: None).make(made)
+  assert [json.loads((run.workdir / "cores").read_text()) for run in made] == [[core]] * 3
 
 
 def test_a_report_of_an_unfinished_run_is_no_end(tmp_path):

@@ -49,6 +49,7 @@ def test_a_run_that_lacks_an_iteration_is_another(tmp_path):
 def test_a_process_that_does_not_end_is_killed_and_told():
   sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
   ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+  ended.wait()
   with pytest.raises(UserError, match="went on for 0 s"):
     run_processes.wait_all([sleeper, ended], 0.2)
   assert sleeper.wait() < 0
