@@ -68,6 +68,12 @@ def words(mesh: Sequence[int]) -> str:
   return "x".join(map(str, mesh))
 
 
+def fields(method: str, mesh: Sequence[int]) -> dict[str, Any]:
+  """The config's fields of a run."""
+  axes = {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
+  return FIELDS | METHODS[method] | axes
+
+
 def make(folder: pathlib.Path, method: str, mesh: Sequence[int], processes: int) -> Found:
   """Makes a run, or finds it.
 
@@ -76,9 +82,7 @@ def make(folder: pathlib.Path, method: str, mesh: Sequence[int], processes: int)
   """
   workdir = folder / f"{method}_{words(mesh)}_by_{processes}"
   if not (workdir / "report.html").exists():
-    axes = {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
-    fields = FIELDS | METHODS[method] | axes
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    flags = [f"--config.{name}={value}" for name, value in fields(method, mesh).items()]
     devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
     statuses, _ = wait_all(
       start(f"configs/{method}.py", flags, workdir, processes, devices), float("inf")

@@ -44,6 +44,13 @@ def has_digit(response: str, answer: str) -> float:
   return float(any(letter in "0123456789" for letter in response))
 
 
+def free_port() -> int:
+  """A port that nobody listens on."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
 def start(
   config: str,
   fields: Sequence[str],
@@ -62,11 +69,8 @@ def start(
     processes: of the run, all on this machine.
     variables: of the environment, beside those of this process.
   """
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
   words = [sys.executable, "-m", "spo_jax.main", f"--config={config}", f"--workdir={workdir}"]
-  several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+  several = [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
   environment = os.environ | (variables or {})
   started = []
   for i in range(processes):
@@ -91,7 +95,8 @@ def wait_all(processes: list[subprocess.Popen], most_s: float) -> tuple[list[int
     if time.monotonic() - began > most_s:
       for process in processes:
         process.kill()
-      raise UserError(f"a process went on for {most_s:.0f} s after its neighbour was gone")
+        process.wait()
+      raise UserError(f"a process went on for {most_s:.0f} s, and was killed")
     time.sleep(POLL_S)
   return [process.returncode for process in processes], time.monotonic() - began
 
