@@ -32,7 +32,15 @@ import jax
 
 from benchmarks import peers
 from benchmarks.iteration_engines import Job
-from benchmarks.timing import add_model_arguments, machine, machine_rates, print_columns, run
+from benchmarks.run_processes import flags
+from benchmarks.timing import (
+  add_model_arguments,
+  command_parser,
+  machine,
+  machine_rates,
+  print_columns,
+  run,
+)
 from spo_jax.errors import UserError
 from spo_jax.infra.metrics import read_metrics
 
@@ -44,11 +52,7 @@ PROGRAMS = "time/programs"  # that an iteration compiled
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.iteration",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("iteration", __doc__)
   add_model_arguments(parser)
   add = functools.partial(parser.add_argument, type=int)
   add("--prompts", default=4, help="of an iteration")
@@ -134,8 +138,8 @@ def spo_tree_metrics(iterations: int, warm_steps: int) -> list[dict[str, Any]]:
     "checkpoint.every": iterations + 1,
   }
   with tempfile.TemporaryDirectory(prefix="spo_jax_benchmark_") as folder:
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    run_process(["spo_jax.main", "--config=configs/spo_tree.py", f"--workdir={folder}/run", *flags])
+    command = ["spo_jax.main", "--config=configs/spo_tree.py", f"--workdir={folder}/run"]
+    run_process([*command, *flags(fields)])
     return read_metrics(pathlib.Path(folder) / "run")
 
 

@@ -13,11 +13,11 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.run_processes import SIGNAL, TINY, metrics_without_timings, start, wait_all
-from benchmarks.timing import machine, print_columns, run
+from benchmarks.run_processes import SIGNAL, TINY, flags, metrics_without_timings, start, wait_all
+from benchmarks.timing import command_parser, machine, print_columns, run
 from spo_jax import rollouts
 from spo_jax.errors import UserError
 
@@ -51,11 +51,7 @@ class Found(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.meshes",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("meshes", __doc__)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
   parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
   parser.add_argument("--processes", nargs="+", type=int, choices=[1, 2, 4, 8], default=[1, 2, 4])
@@ -82,10 +78,10 @@ def make(folder: pathlib.Path, method: str, mesh: Sequence[int], processes: int)
   """
   workdir = folder / f"{method}_{words(mesh)}_by_{processes}"
   if not (workdir / "report.html").exists():
-    flags = [f"--config.{name}={value}" for name, value in fields(method, mesh).items()]
     devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
     statuses, _ = wait_all(
-      start(f"configs/{method}.py", flags, workdir, processes, devices), float("inf")
+      start(f"configs/{method}.py", flags(fields(method, mesh)), workdir, processes, devices),
+      float("inf"),
     )
     if any(statuses):
       raise UserError(f"{workdir.name} ended with {statuses}: see {workdir}.log.0")
@@ -121,6 +117,22 @@ def differences(one: Found, other: Found) -> dict[str, float]:
   return most
 
 
+def tell_differences(
+  benchmark: str, rows: Mapping[str, Mapping[str, float]], most: float, **record: Any
+) -> None:
+  """Prints a table of the differences of runs, and the benchmark's record.
+
+  Raises:
+    UserError: if one is larger than most.
+  """
+  names = list(dict.fromkeys(name for row in rows.values() for name in row))
+  print_columns(names, {run: [f"{row[x]:.1e}" for x in names] for run, row in rows.items()})
+  worst = max(max(row.values()) for row in rows.values())
+  print(json.dumps({"benchmark": benchmark, "machine": machine(), "most": worst} | record))
+  if worst > most:
+    raise UserError(f"a difference of {worst:.1e} is more than {most:.0e}")
+
+
 def measure(args: argparse.Namespace) -> None:
   """Makes the runs, compares and prints.
 
@@ -147,14 +159,7 @@ def measure(args: argparse.Namespace) -> None:
     f"{' x '.join(AXES)}, processes x devices; tokens, rewards and counts the same, largest "
     "differences:"
   )
-  names = [name for name in SUMS if any(name in row for row in rows.values())]
-  print_columns(names, {name: [f"{row[x]:.1e}" for x in names] for name, row in rows.items()})
-  worst = max(max(row.values()) for row in rows.values())
-  print(
-    json.dumps({"benchmark": "meshes", "machine": machine(), "most": worst, "rewards": rewards})
-  )
-  if worst > args.most:
-    raise UserError(f"a difference of {worst:.1e} is more than {args.most:.0e}")
+  tell_differences("meshes", rows, args.most, rewards=rewards)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

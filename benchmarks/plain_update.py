@@ -25,6 +25,7 @@ from benchmarks import peers
 from benchmarks.peer_trainers import EPSILON, TRAINERS, Rows
 from benchmarks.timing import (
   add_model_arguments,
+  command_parser,
   in_turn,
   machine,
   machine_rates,
@@ -130,11 +131,7 @@ def check_agreement(losses: dict[str, list[float]]) -> float:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.update",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("update", __doc__)
   add_model_arguments(parser)
   add = functools.partial(parser.add_argument, type=int)
   add("--plain", nargs=2, metavar=("ROWS", "TOKENS"), required=True)

@@ -9,7 +9,6 @@ parameters as near as --most. A copy that is exported already is not made again.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import shutil
@@ -21,8 +20,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks import meshes
-from benchmarks.run_processes import start, wait_all
-from benchmarks.timing import machine, print_columns, run
+from benchmarks.run_processes import flags, start, wait_all
+from benchmarks.timing import command_parser, run
 from spo_jax.errors import UserError
 
 SAVED = (2, 2, 1, 2)
@@ -41,11 +40,7 @@ class Restored(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.restores",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("restores", __doc__)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
   parser.add_argument("--method", choices=meshes.METHODS, default="spo_tree")
   parser.add_argument("--most", type=float, default=1e-5, help="difference allowed")
@@ -58,12 +53,12 @@ def go_on(workdir: pathlib.Path, method: str, mesh: Sequence[int], iterations: i
   Raises:
     UserError: if it fails.
   """
-  fields = meshes.fields(method, mesh) | {"iterations": iterations}
-  flags = [f"--config.{name}={value}" for name, value in fields.items()]
+  # A schedule as long as the run would be another one when more iterations are asked for.
+  length = {"iterations": iterations, "optimizer.decay_steps": 0}
+  fields = meshes.fields(method, mesh) | length
   devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(math.prod(mesh))}
-  started = start(
-    f"configs/{method}.py", [*flags, f"--export={workdir}/model"], workdir, variables=devices
-  )
+  words = [*flags(fields), f"--export={workdir}/model"]
+  started = start(f"configs/{method}.py", words, workdir, variables=devices)
   statuses, _ = wait_all(started, float("inf"))
   if any(statuses):
     raise UserError(f"{workdir.name} ended with {statuses}: see {workdir}.log.0")
@@ -117,13 +112,8 @@ def measure(args: argparse.Namespace) -> None:
       rows[meshes.words(mesh)] = differences(stayed, other)
     except UserError as error:
       raise UserError(f"onto {meshes.words(mesh)}: {error}") from error
-  names = list(next(iter(rows.values())))
   print(f"from {meshes.words(SAVED)} ({' x '.join(meshes.AXES)}) onto, largest differences:")
-  print_columns(names, {name: [f"{row[x]:.1e}" for x in names] for name, row in rows.items()})
-  worst = max(max(row.values()) for row in rows.values())
-  print(json.dumps({"benchmark": "restores", "machine": machine(), "most": worst}))
-  if worst > args.most:
-    raise UserError(f"a difference of {worst:.1e} is more than {args.most:.0e}")
+  meshes.tell_differences("restores", rows, args.most)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

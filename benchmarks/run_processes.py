@@ -44,6 +44,11 @@ def has_digit(response: str, answer: str) -> float:
   return float(any(letter in "0123456789" for letter in response))
 
 
+def flags(fields: Mapping[str, Any]) -> list[str]:
+  """The words of a command line that set a config's fields."""
+  return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
 def free_port() -> int:
   """A port that nobody listens on."""
   with socket.socket() as free:

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.peers import PEERS, Peer, load, random_model
 from benchmarks.timing import (
   add_model_arguments,
+  command_parser,
   in_turn,
   machine,
   machine_rates,
@@ -104,11 +105,7 @@ def grow(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.sampling",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("sampling", __doc__)
   add_model_arguments(parser)
   add = functools.partial(parser.add_argument, type=int)
   add("--prompt", default=64, help="tokens of a prompt")

@@ -37,7 +37,7 @@ from benchmarks.scaling_points import (
   make_point,
   measure_point,
 )
-from benchmarks.timing import machine, machine_rates, run
+from benchmarks.timing import command_parser, machine, machine_rates, run
 from spo_jax.errors import UserError
 from spo_jax.models.decoder import count_params
 
@@ -56,11 +56,7 @@ POSITIVE += ("leaves", *AXES)
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.scaling",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("scaling", __doc__)
   parser.add_argument("--model", default="tiny", help=f"{', '.join(MODELS)} or LAYERSxWIDTHxVOCAB")
   parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations")
   parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))

@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.run_processes import POLL_S, metrics_without_timings, start, wait_all
-from benchmarks.timing import machine, run
+from benchmarks.timing import command_parser, machine, run
 from spo_jax.errors import UserError
 from spo_jax.infra import hosts
 from spo_jax.infra.metrics import read_metrics
@@ -39,11 +39,7 @@ MOST_END_S = hosts.START_S + 2 * hosts.SILENCE_S
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """The command line, and the fields of the config that it sets."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.soak",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command_parser("soak", __doc__)
   parser.add_argument("--config", default="configs/spo_tree.py")
   parser.add_argument("--folder", type=pathlib.Path, required=True)
   parser.add_argument("--kills", type=int, default=30)

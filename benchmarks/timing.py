@@ -108,6 +108,15 @@ def run(name: str, measure: Callable[[argparse.Namespace], None], args: argparse
   return 0
 
 
+def command_parser(name: str, told: str) -> argparse.ArgumentParser:
+  """The parser of `python -m benchmarks.NAME`, whose help tells what its module does."""
+  return argparse.ArgumentParser(
+    prog=f"python -m benchmarks.{name}",
+    description=told,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
   """The size of the random model."""
   for name, size in (("--layers", 4), ("--width", 256), ("--vocab", 8192)):

@@ -35,9 +35,13 @@ TINY = run_processes.TINY | {
 def command(config: str, workdir: pathlib.Path, **overrides) -> list[str]:
   """The command line of a tiny run; a field `a.b` is given as the keyword `a__b`."""
   fields = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
-  flags = [f"--config.{name}={value}" for name, value in fields.items()]
   program = [sys.executable, "-m", "spo_jax.main"]
-  return [*program, f"--config=configs/{config}", f"--workdir={workdir}", *flags]
+  return [
+    *program,
+    f"--config=configs/{config}",
+    f"--workdir={workdir}",
+    *run_processes.flags(fields),
+  ]
 
 
 def environment(devices: int = 1) -> dict[str, str]:

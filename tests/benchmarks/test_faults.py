@@ -22,7 +22,7 @@ def test_damages(tmp_path, how, left):
 
 def test_another_status_is_told_with_the_last_line():
   ended = faults.Ended(1, 2.0, ["first", "last"])
-  assert faults.expect(ended, 0, 1) is ended
+  assert faults.expect(ended, 1) is ended
   with pytest.raises(UserError, match=r"status 1 in place of 2; it told, last: last"):
     faults.expect(ended, 2)
 
