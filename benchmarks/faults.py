@@ -3,11 +3,11 @@
   python -m benchmarks.faults --folder=runs/faults
   python -m benchmarks.faults --folder=runs/faults --only disk_full read_only
 
-Breaks a run with a tiny model: its disk is full, its folder read-only (both on a file system in
-memory, which only root can mount), every file of its newest checkpoint in turn cut, zeroed or
-removed, one of two processes missing, its reward server killed. Each must end within its bound and
-with the status that it should; where the fault passes, the same command must go on and end as a run
-that nothing befell, and what is said of a damaged file must be no traceback.
+Breaks a run with a tiny model: its disk or that of its data is full, its folder read-only (on file
+systems in memory, which only root can mount), every file of its newest checkpoint in turn cut,
+zeroed or removed, one of two processes missing, its reward server killed. Each must end within its
+bound and with the status that it should; where the fault passes, the same command must go on and
+end as a run that nothing befell, and what is said of a damaged file must be no traceback.
 """
 
 import argparse
@@ -56,6 +56,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 MOST_S = 180.0  # of a run whose fault is told at once, imports and compilation included
 MOST_MEETING_S = hosts.START_S + 60.0
 ROOM = "50m"  # more than a run writes
+TOO_LITTLE_ROOM = "100k"  # less than the data set takes
 LONG = 40  # iterations of a run that something befalls as it goes
 BEFALLEN = 4  # lines of metrics by then
 TRACEBACK = "Traceback"
@@ -195,6 +196,20 @@ def disk_full(folder: pathlib.Path) -> Iterator[Row]:
   yield Row("disk full, then room", [first.status, again.status], seconds, first.told[-1])
 
 
+def disk_full_of_data(folder: pathlib.Path) -> Iterator[Row]:
+  """The disk is full before the data set is written, then it has room."""
+  workdir, disk = folder / "disk_full_of_data", folder / "data"
+  shutil.rmtree(workdir, ignore_errors=True)
+  fields = FIELDS | {"data.data_dir": str(disk)}
+  with mounted(disk, f"size={TOO_LITTLE_ROOM}"):
+    first = expect(Start(workdir, fields).ended(MOST_S), USER_ERROR_STATUS)
+  with mounted(disk, f"size={ROOM}"):
+    again = expect(Start(workdir, fields).ended(MOST_S), 0)
+  expect_same(workdir, whole(folder))
+  statuses = [first.status, again.status]
+  yield Row("disk full of data, then room", statuses, first.seconds, first.told[-1])
+
+
 def read_only(folder: pathlib.Path) -> Iterator[Row]:
   """The folder can be read only."""
   workdir = folder / "read_only"
@@ -298,7 +313,7 @@ def server_gone(folder: pathlib.Path) -> Iterator[Row]:
 
 FAULTS = {
   function.__name__: function
-  for function in (disk_full, read_only, damaged, missing_process, server_gone)
+  for function in (disk_full, disk_full_of_data, read_only, damaged, missing_process, server_gone)
 }
 
 

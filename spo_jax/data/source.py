@@ -105,6 +105,9 @@ def _prepared_builder(open_builder):
 
   TFDS writes to a folder of random name and renames it when done. Who loses a race to the name
   reads what the winner wrote.
+
+  Raises:
+    UserError: If the data are not complete, cannot be made, or cannot be written.
   """
   builder = open_builder()
   if not builder.data_path.exists():
@@ -119,6 +122,9 @@ def _prepared_builder(open_builder):
       builder = open_builder()
       if not builder.data_path.exists():
         raise
+    except RuntimeError as error:  # So ArrayRecord tells of a full disk.
+      name, path = builder.info.full_name, builder.data_path
+      raise UserError(f"data set '{name}' cannot be written to '{path}': {error}") from error
   if not builder.is_prepared():
     raise UserError(f"'{builder.data_path}' is no complete data set: delete it to have it rebuilt")
   return builder

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -114,6 +115,18 @@ def test_loser_of_a_race_reads_the_winners_data(data_dir, monkeypatch):
 
   monkeypatch.setattr(arithmetic, "make_splits", lose_race)
   assert len(source.load_split("arithmetic", "plain", "train", data_dir)) == 30
+
+
+def test_full_disk_is_told_and_leaves_nothing(tmp_path):
+  # A limit on the size of a file stands in for the disk: what writes past it gets an error too.
+  unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, unlimited[1]))
+  try:
+    with pytest.raises(UserError, match=r"'arithmetic/plain/.*' cannot be written to .*: File too"):
+      source.load_split("arithmetic", "plain", "train", str(tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+  assert len(source.load_split("arithmetic", "plain", "validation", str(tmp_path))) > 0
 
 
 def test_damaged_data_set_is_named(data_dir, tmp_path):
