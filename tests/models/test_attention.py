@@ -21,6 +21,9 @@ from spo_jax.training.key_blocks import visible_blocks
 T, H, K, DH = 24, 4, 2, 8
 PLAIN = AttentionSpec(DH**-0.5)
 CAPPED_WINDOW = AttentionSpec(0.7, window=3, cap=1.5)
+# Of float32 gradients of size 2: each kind of processor adds in an order of its own, and two
+# backends were up to 8e-6 apart on one.
+ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def random_row(rng, length):
@@ -143,7 +146,7 @@ def test_a_window_counts_ancestors_not_row_indices(forests, qkv, attention):
   assert (near != visible).any() and (near != by_index).any()
   got = value_and_grads(attention, qkv, positions, *in_blocks(until, 12, 4, 0))
   want = value_and_grads(jax.vmap(dense_capped), qkv, near)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-6), got, want)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **ROUNDING), got, want)
 
 
 @pytest.mark.parametrize("attention", backends(PLAIN), ids=["blocks", "flash"])

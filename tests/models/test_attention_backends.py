@@ -17,7 +17,7 @@ from spo_jax.models.attention import AttentionSpec, blocks, cudnn, flash
 from spo_jax.models.decoder import LayerKind, forward
 from spo_jax.models.rope import Rope
 from spo_jax.training.key_blocks import visible_blocks
-from tests.models.test_attention import ancestors, dense_attention, random_row
+from tests.models.test_attention import ROUNDING, ancestors, dense_attention, random_row
 from tests.tiny import VOCAB, tiny_config, tiny_params
 
 DH = 8
@@ -143,7 +143,7 @@ def test_rows_and_heads_are_split_over_a_mesh_without_gathering(monkeypatch):
   got = compiled(split_qkv, *split_listed)
   for x, y, z in zip(got, gradients(blocks.interval_attention)(qkv, *listed), qkv, strict=True):
     assert x.sharding.shard_shape(x.shape) == (1, 32, z.shape[2] // 2, DH)
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(x, y, **ROUNDING)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "prefill"])

@@ -16,6 +16,7 @@ from spo_jax.models import attention
 from spo_jax.models.attention import AttentionSpec, blocks, flash, pallas
 from spo_jax.models.decoder import LayerKind, forward
 from spo_jax.models.rope import Rope
+from tests.models.test_attention import ROUNDING
 from tests.models.test_attention_backends import SPEC, gradients, random_forests, random_qkv
 from tests.tiny import VOCAB, tiny_config, tiny_params
 
@@ -56,7 +57,7 @@ def test_numbers_are_those_of_the_other_backends(keys, spec):
   qkv = random_qkv(2, 32, H=6)
   got = value_and_gradients(interval_attention, qkv, (positions, until, wider), spec)
   want = value_and_gradients(blocks.interval_attention, qkv, (positions, until, listed), spec)
-  assert_same(got, want, rtol=1e-5, atol=5e-6)
+  assert_same(got, want, **ROUNDING)
 
 
 def test_a_query_that_sees_nothing_gives_and_takes_nothing():
@@ -68,7 +69,7 @@ def test_a_query_that_sees_nothing_gives_and_takes_nothing():
   qkv = random_qkv(3, 16)
   got = value_and_gradients(interval_attention, qkv, (positions, until, listed), SPEC)
   want = value_and_gradients(flash.interval_attention, qkv, (positions, until, listed), SPEC)
-  assert_same(got, want, rtol=1e-5, atol=5e-6)
+  assert_same(got, want, **ROUNDING)
   for x in got:
     assert not x[0].any() and not x[1, :8].any() and x[1, 8:].any() and not x[2].any()
 
@@ -94,7 +95,7 @@ def test_causal_attention_pads_rows_to_whole_blocks(monkeypatch, T, window):
   listed = (np.broadcast_to(np.arange(T, dtype=np.int32), (2, T)),)
   got = value_and_gradients(causal_attention, qkv, listed, spec)
   want = value_and_gradients(blocks.causal_attention, qkv, listed, spec)
-  assert_same(got, want, rtol=1e-5, atol=5e-6)
+  assert_same(got, want, **ROUNDING)
 
 
 def test_blocks_of_a_causal_row_are_multiples_of_the_lanes(monkeypatch):
@@ -132,7 +133,7 @@ def test_rows_and_heads_are_split_over_a_mesh(monkeypatch, axes, rows, heads, pa
   got = value_and_gradients(interval_attention, *jax.tree.map(on_all, (qkv, listed)), spec)
   assert parts == {part}
   want = value_and_gradients(blocks.interval_attention, qkv, listed, spec)
-  assert_same(got, want, rtol=1e-5, atol=5e-6)
+  assert_same(got, want, **ROUNDING)
 
 
 def test_what_is_split_already_is_not_gathered():
