@@ -18,6 +18,8 @@ from spo_jax.errors import UserError
 EMBEDDED = {"arithmetic": Arithmetic, "countdown": Countdown}
 DATASETS = (*EMBEDDED, *sets.NAMES)
 
+_NOT_WRITTEN = "write() failed"  # what ArrayRecord's error says where a disk is full
+
 
 def load_split(
   name: str,
@@ -122,7 +124,9 @@ def _prepared_builder(open_builder):
       builder = open_builder()
       if not builder.data_path.exists():
         raise
-    except RuntimeError as error:  # So ArrayRecord tells of a full disk.
+    except RuntimeError as error:
+      if _NOT_WRITTEN not in str(error):
+        raise
       name, path = builder.info.full_name, builder.data_path
       raise UserError(f"data set '{name}' cannot be written to '{path}': {error}") from error
   if not builder.is_prepared():

@@ -129,6 +129,15 @@ def test_full_disk_is_told_and_leaves_nothing(tmp_path):
   assert len(source.load_split("arithmetic", "plain", "validation", str(tmp_path))) > 0
 
 
+def test_a_fault_of_a_builder_is_no_full_disk(tmp_path, monkeypatch):
+  def fail(self):
+    raise RuntimeError("a fault")
+
+  monkeypatch.setattr(arithmetic.Arithmetic, "download_and_prepare", fail)
+  with pytest.raises(RuntimeError, match="^a fault$"):
+    source.load_split("arithmetic", "plain", "train", str(tmp_path))
+
+
 def test_damaged_data_set_is_named(data_dir, tmp_path):
   source.load_split("arithmetic", "plain", "train", data_dir)
   next(tmp_path.glob("arithmetic/plain/*/dataset_info.json")).unlink()
