@@ -1,5 +1,6 @@
 """The launchers at work, with small scripts in place of gcloud, Slurm, Kubernetes and the run."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,17 @@ from tests.tiny_run import REPOSITORY
 ARGUMENTS = ["--config=c", "--workdir=a b"]
 SAVED, MISTAKE = 75, 2
 DEADLINE_S = 20
+
+
+@contextlib.contextmanager
+def heeding_interrupts():
+  """What is started here heeds SIGINT, also where the suite ignores it, as what a script leaves in
+  the background does."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 class Machine:
@@ -45,13 +57,14 @@ class Machine:
 
   def start(self, script, *words, **variables):
     path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-    return subprocess.Popen(
-      ["bash", self.folder / "launch" / script, *words],
-      env={"PATH": path, "HOME": str(self.folder)} | variables,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+    with heeding_interrupts():
+      return subprocess.Popen(
+        ["bash", self.folder / "launch" / script, *words],
+        env={"PATH": path, "HOME": str(self.folder)} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
 
   def call(self, script, *words, **variables):
     """(exit status, output)."""
