@@ -25,6 +25,7 @@ from spo_jax.infra.mesh import (
   split_rows,
 )
 from spo_jax.models.attention import ATTENTION, AttentionSpec
+from spo_jax.models.product import product
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
 from spo_jax.numerics import soft_cap
 
@@ -189,9 +190,9 @@ class Block(nn.Module):
     wk = self._weight("key", (c.width, *k_shape), ("width", "kv_heads", None))
     wv = self._weight("value", (c.width, *k_shape), ("width", "kv_heads", None))
     wo = self._weight("out", (*q_shape, c.width), ("heads", None, "width"), (0, 1))
-    q_BxTxHxDh = self._rescale("query", jnp.einsum("btd,dhk->bthk", h_BxTxD, wq))
-    k_BxTxKxDh = self._rescale("key", jnp.einsum("btd,dhk->bthk", h_BxTxD, wk))
-    v_BxTxKxDh = self._rescale("value", jnp.einsum("btd,dhk->bthk", h_BxTxD, wv))
+    q_BxTxHxDh = self._rescale("query", product(h_BxTxD, wq))
+    k_BxTxKxDh = self._rescale("key", product(h_BxTxD, wk))
+    v_BxTxKxDh = self._rescale("value", product(h_BxTxD, wv))
     if c.qkv_bias:
       q_BxTxHxDh = self._add_bias("query", q_BxTxHxDh, ("heads", None))
       k_BxTxKxDh = self._add_bias("key", k_BxTxKxDh, ("kv_heads", None))
@@ -211,7 +212,7 @@ class Block(nn.Module):
     )
     if read_BxR is not None:  # from here on T is R
       x_BxTxD, mixed_BxTxHxDh = pick(x_BxTxD, read_BxR), pick(mixed_BxTxHxDh, read_BxR)
-    out_BxTxD = self._rescale("out", jnp.einsum("bthk,hkd->btd", mixed_BxTxHxDh, wo))
+    out_BxTxD = self._rescale("out", product(mixed_BxTxHxDh, wo))
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="attention_post_norm")(out_BxTxD)
     x_BxTxD = x_BxTxD + out_BxTxD
@@ -220,9 +221,9 @@ class Block(nn.Module):
     gate = self._weight("gate", (c.width, c.ffn), ("width", "ffn"))
     up = self._weight("up", (c.width, c.ffn), ("width", "ffn"))
     down = self._weight("down", (c.ffn, c.width), ("ffn", "width"))
-    gate_BxTxF = self._rescale("gate", h_BxTxD @ gate)
-    f_BxTxF = ACTIVATIONS[c.activation](gate_BxTxF) * self._rescale("up", h_BxTxD @ up)
-    out_BxTxD = split_rows(c.spread, self._rescale("down", f_BxTxF @ down))
+    gate_BxTxF = self._rescale("gate", product(h_BxTxD, gate))
+    f_BxTxF = ACTIVATIONS[c.activation](gate_BxTxF) * self._rescale("up", product(h_BxTxD, up))
+    out_BxTxD = split_rows(c.spread, self._rescale("down", product(f_BxTxF, down)))
     if c.post_norms:
       out_BxTxD = RMSNorm(c, name="mlp_post_norm")(out_BxTxD)
     return x_BxTxD + out_BxTxD, cache
