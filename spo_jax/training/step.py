@@ -100,7 +100,7 @@ def _in_place(step):
 def _accumulate(loss_fn, params, batch: PackedForest, start, count):
   """Sums loss_fn(params, micro) -> (loss, aux) and its gradient over `count` micro-batches."""
   micro_batch = lambda i: jax.tree.map(lambda x: x[i], batch)
-  gradient = jax.grad(loss_fn, has_aux=True)
+  gradient = jax.jit(jax.grad(loss_fn, has_aux=True))  # traced once, for its shapes and the loop
   shapes = jax.eval_shape(gradient, params, micro_batch(0))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
