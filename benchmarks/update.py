@@ -4,10 +4,10 @@ With `--plain ROWS TOKENS` it is an update on plain rows, beside other people's:
 
 Both take the same optimiser step from one full tree: the packed forest runs every token once, the
 rows run a prefix again for every segment below it. The rows are no straw man: those of one length
-form a batch without padding, attention is dense and causal over so few tokens, and only the
-segment's own tokens are unembedded. Micro-batches of both hold as many tokens: on a CPU large ones
-are slow for either. All steps run in turn, in one process: a packed one for each backend of
-attention, and that on rows.
+form a batch without padding, attention is dense and causal over so few tokens, and of `rows` only
+the segment's own tokens are unembedded; of `rows, all logits` the prefix is too, as in the authors'
+trainer. Micro-batches hold as many tokens in all forms: on a CPU large ones are slow for any. All
+steps run in turn, in one process: a packed one for each backend of attention, and those on rows.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from spo_jax.training.step import TrainState, compiled_step, init_state, train_s
 # Adam with a huge epsilon, for comparing gradients: its first update is the gradient times 1000,
 # which rounding of the parameters does not hide.
 OPTIMIZER = OptimizerConfig(learning_rate=1e11, clip_norm=1e9, eps=1e8)
+ROWS = {"rows": False, "rows, all logits": True}  # by form, whether the prefix is unembedded too
 
 
 def full_tree(branches: list[int], segment: int, prompt: int, vocab: int) -> Forest:
@@ -97,8 +98,10 @@ def attend_causal(q, k, v, positions, context, cache, spec):
   return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, H, Dh), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
-def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, state: TrainState, buckets):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+def rows_step(
+  cfg: DecoderConfig, loss_cfg: LossConfig, all_logits: bool, state: TrainState, buckets
+):
   """The update of `train_step` without a KL term, on rows; returns (state, loss)."""
   count = sum(old.size for _, old, _ in buckets)
 
@@ -107,15 +110,16 @@ def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, state: TrainState, bucke
     T, S = tokens_BxT.shape[1], old_BxS.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens_BxT.shape)
     hidden, _ = forward(cfg, attend_causal, params, tokens_BxT, positions)
-    logprobs_BxS = losses.token_logprobs(
-      hidden[:, T - S - 1 : T - 1],
+    first = 1 if all_logits else T - S  # token whose log-prob is computed
+    logprobs = losses.token_logprobs(
+      hidden[:, first - 1 : T - 1],
       unembedding(cfg, params),
-      tokens_BxT[:, T - S :],
+      tokens_BxT[:, first:],
       chunk=loss_cfg.logprob_chunk,
       temperature=loss_cfg.temperature,
     )
     sums = losses.ppo_clip(
-      logprobs_BxS,
+      logprobs[:, -S:],
       old_BxS,
       jnp.broadcast_to(advantages_B[:, None], old_BxS.shape),
       jnp.ones(old_BxS.shape, bool),
@@ -136,13 +140,13 @@ def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, state: TrainState, bucke
   return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
 
 
-def check_agreement(params, packed, rows) -> float:
+def check_agreement(params, first, second) -> float:
   """Largest difference of the first update, as a share of its largest entry; raises above 1e-5."""
-  (packed_state, packed_loss), (rows_state, rows_loss) = packed, rows
-  np.testing.assert_allclose(packed_loss, rows_loss, rtol=1e-4, atol=1e-7)
+  (first_state, first_loss), (second_state, second_loss) = first, second
+  np.testing.assert_allclose(first_loss, second_loss, rtol=1e-4, atol=1e-7)
   error = 0.0
   for old, a, b in zip(
-    *map(jax.tree.leaves, (params, packed_state.params, rows_state.params)), strict=True
+    *map(jax.tree.leaves, (params, first_state.params, second_state.params)), strict=True
   ):
     a, b = np.asarray(a - old), np.asarray(b - old)
     error = max(error, float(np.abs(a - b).max() / np.abs(b).max()))
@@ -235,11 +239,12 @@ def measure(steps, fresh, repeats: int) -> tuple[dict[str, list[float]], dict[st
 
 
 def summary(tokens, seconds, cpu_seconds) -> dict[str, Any]:
-  """Medians, extremes and the ratios of the rows to each packed form."""
+  """Medians, extremes and the ratios of either form of rows to each packed form."""
   median = {name: statistics.median(times) for name, times in seconds.items()}
   # On a CPU that other processes share, steadier than the clock.
   cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
-  ratios = lambda of: {name: of["rows"] / of[name] for name in of if name != "rows"}
+  packed = [name for name in tokens if name not in ROWS]
+  ratios = lambda of: {f"{rows} / {name}": of[rows] / of[name] for rows in ROWS for name in packed}
   return {
     "tokens": tokens,
     "seconds": {name: [min(t), median[name], max(t)] for name, t in seconds.items()},
@@ -270,10 +275,10 @@ def print_table(record: dict[str, Any]) -> None:
     )
   columns = ("tokens", "temporary MiB", "peak MiB", "min s", "median s", "max s", "CPU s")
   print_columns(columns, cells)
-  for name, ratio in record["ratio"].items():
+  for forms, ratio in record["ratio"].items():
     print(
-      f"rows / {name}: {ratio:.2f} in time, {record['cpu_ratio'][name]:.2f} in CPU time, "
-      f"{record['token_ratio'][name]:.2f} in tokens"
+      f"{forms}: {ratio:.2f} in time, {record['cpu_ratio'][forms]:.2f} in CPU time, "
+      f"{record['token_ratio'][forms]:.2f} in tokens"
     )
 
 
@@ -294,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-  """Checks, measures and prints both forms of a tree."""
+  """Checks, measures and prints the forms of a tree."""
   cfg, loss_cfg = configs(args)
   forest = full_tree(args.branches, args.segment, max(1, args.segment // 6), args.vocab)
   advantages = np.random.default_rng(1).standard_normal(len(forest.parent)).astype(np.float32)
@@ -310,19 +315,21 @@ def compare(args: argparse.Namespace) -> None:
     return step.lower(backend_cfg, loss_cfg, OPTIMIZER, fresh(), *batch).compile()
 
   compiled = {backend: packed_step(backend) for backend in args.attention}
-  compiled["rows"] = rows_step.lower(cfg, loss_cfg, fresh(), rows).compile()
+  for name, all_logits in ROWS.items():
+    compiled[name] = rows_step.lower(cfg, loss_cfg, all_logits, fresh(), rows).compile()
 
   def packed_update(state, backend):
     state, metrics = compiled[backend](state, *batch)
     return state, metrics["loss"]
 
   steps = {name: functools.partial(packed_update, backend=name) for name in args.attention}
-  rows_update = steps["rows"] = lambda state: compiled["rows"](state, rows)
-  on_rows = rows_update(fresh())
-  error = max(check_agreement(params, steps[name](fresh()), on_rows) for name in args.attention)
+  steps |= {name: lambda state, name=name: compiled[name](state, rows) for name in ROWS}
+  on_rows = steps["rows"](fresh())
+  others = (steps[name](fresh()) for name in steps if name != "rows")
+  error = max(check_agreement(params, other, on_rows) for other in others)
   seconds, cpu_seconds = measure(steps, fresh, args.repeats)
   tokens = dict.fromkeys(args.attention, packed_tokens)
-  tokens["rows"] = sum(tokens.size for tokens, _, _ in rows)
+  tokens |= dict.fromkeys(ROWS, sum(tokens.size for tokens, _, _ in rows))
   mib = {name: memory(step) for name, step in compiled.items()}
   record = {
     "benchmark": "update",

@@ -101,14 +101,18 @@ def test_plain_rows_make_a_table_and_a_record(capsys, monkeypatch):
   assert engine["losses"][0] > engine["losses"][-1]
 
 
-def test_both_forms_of_a_tree_tell_their_memory(capsys):
+def test_the_forms_of_a_tree_agree_and_tell_their_memory(capsys):
   words = "--branches 2 2 --segment 6 --layers 1 --width 64 --vocab 48 --micro-batch 64"
   words += " --query-block 16 --repeats 1 --attention blocks"
   assert update.main(words.split()) == 0
   found = record(capsys)
-  assert set(found["peak_mib"]) == set(found["temporary_mib"]) == {"blocks", "rows"}
+  forms = {"blocks", "rows", "rows, all logits"}
+  assert set(found["peak_mib"]) == set(found["temporary_mib"]) == forms
   assert all(found["peak_mib"][name] > mib for name, mib in found["temporary_mib"].items())
-  assert found["tokens"] == {"blocks": 48, "rows": 2 * 7 + 4 * 13}
+  on_rows = 2 * 7 + 4 * 13
+  assert found["tokens"] == {"blocks": 48, "rows": on_rows, "rows, all logits": on_rows}
+  assert set(found["ratio"]) == {"rows / blocks", "rows, all logits / blocks"}
+  assert found["gradient_error"] < 1e-5
 
 
 def test_wrong_sizes_are_told(capsys):
