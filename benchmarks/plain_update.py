@@ -101,8 +101,10 @@ class Ours:
     self._batch = batch, jnp.int32(0), jnp.int32(micro_batches)
     cfg = dataclasses.replace(model.cfg, attention=backend)
     self._step = functools.partial(train_step, cfg, plain_loss(chunk), OPTIMIZER)
-    # A copy: steps donate their parameters.
-    self._state = init_state(jax.tree.map(jnp.copy, model.params), OPTIMIZER)
+    # On a device by name, as a step leaves it, or the second step would be compiled once more; and
+    # a copy, since steps donate their parameters.
+    params = jax.device_put(model.params, jax.devices()[0])
+    self._state = init_state(jax.tree.map(jnp.copy, params), OPTIMIZER)
 
   @property
   def params(self) -> Any:
