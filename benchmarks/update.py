@@ -5,11 +5,11 @@ With `--plain ROWS TOKENS` it is an update on plain rows, beside other people's:
 Both take the same optimiser step from one full tree: the packed forest runs every token once, the
 rows run a prefix again for every segment below it. There are rows of two kinds. `rows` are no straw
 man: they have what of the packed step's means they can, products with our gradients, and logits of
-the segment's own tokens alone. `plain rows` have neither: JAX's own gradients, and logits of whole
-rows, as in the authors' trainer. In both, rows of one length form a batch without padding, and
-attention is dense and causal over so few tokens. Micro-batches hold as many tokens in all forms: on
-a CPU large ones are slow for any. All steps run in turn, in one process: a packed one for each
-backend of attention, and those on rows.
+the segment's own tokens alone. `ordinary rows` have neither: JAX's own gradients, and logits of
+whole rows, as in the authors' trainer. In both, rows of one length form a batch without padding,
+and attention is dense and causal over so few tokens. Micro-batches hold as many tokens in all
+forms: on a CPU large ones are slow for any. All steps run in turn, in one process: a packed one for
+each backend of attention, and those on rows.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from spo_jax.training.step import TrainState, compiled_step, init_state, train_s
 # Adam with a huge epsilon, for comparing gradients: its first update is the gradient times 1000,
 # which rounding of the parameters does not hide.
 OPTIMIZER = OptimizerConfig(learning_rate=1e11, clip_norm=1e9, eps=1e8)
-ROWS = {"rows": False, "plain rows": True}  # by form, whether it is plain
+ROWS = {"rows": False, "ordinary rows": True}  # by form, whether it is ordinary
 
 
 def full_tree(branches: list[int], segment: int, prompt: int, vocab: int) -> Forest:
@@ -102,13 +102,13 @@ def attend_causal(q, k, v, positions, context, cache, spec):
   return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, H, Dh), cache
 
 
-def plain_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def ordinary_product(x: jax.Array, weight: jax.Array) -> jax.Array:
   """`product` of the decoder with JAX's own gradient."""
   return jnp.tensordot(x, weight, x.ndim - 2)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, plain: bool, state: TrainState, buckets):
+def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, ordinary: bool, state: TrainState, buckets):
   """The update of `train_step` without a KL term, on rows; returns (state, loss)."""
   count = sum(old.size for _, old, _ in buckets)
 
@@ -116,10 +116,10 @@ def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, plain: bool, state: Trai
     tokens_BxT, old_BxS, advantages_B = batch
     T, S = tokens_BxT.shape[1], old_BxS.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens_BxT.shape)
-    multiply = plain_product if plain else decoder.product
+    multiply = ordinary_product if ordinary else decoder.product
     with mock.patch.object(decoder, "product", multiply):
       hidden, _ = forward(cfg, attend_causal, params, tokens_BxT, positions)
-    first = 1 if plain else T - S  # token whose log-prob is computed
+    first = 1 if ordinary else T - S  # token whose log-prob is computed
     logprobs = losses.token_logprobs(
       hidden[:, first - 1 : T - 1],
       unembedding(cfg, params),
@@ -324,8 +324,8 @@ def compare(args: argparse.Namespace) -> None:
     return step.lower(backend_cfg, loss_cfg, OPTIMIZER, fresh(), *batch).compile()
 
   compiled = {backend: packed_step(backend) for backend in args.attention}
-  for name, plain in ROWS.items():
-    compiled[name] = rows_step.lower(cfg, loss_cfg, plain, fresh(), rows).compile()
+  for name, ordinary in ROWS.items():
+    compiled[name] = rows_step.lower(cfg, loss_cfg, ordinary, fresh(), rows).compile()
 
   def packed_update(state, backend):
     state, metrics = compiled[backend](state, *batch)

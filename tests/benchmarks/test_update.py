@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from benchmarks import peer_trainers, peers, plain_update, update
 from benchmarks.peer_trainers import EPSILON, TRAINERS
 from benchmarks.plain_update import OPTIMIZER, Ours
 from spo_jax.infra.compilation import Meter
-from spo_jax.models.decoder import forward
+from spo_jax.models.decoder import forward, init_params
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.packing import PackConfig
+from spo_jax.training.step import new_state
 
 PLAIN = "--plain 4 8 --layers 1 --width 32 --vocab 48 --micro-rows 2 --chunk 8 --repeats 2"
 
@@ -111,13 +113,27 @@ def test_the_forms_of_a_tree_agree_and_tell_their_memory(capsys):
   words += " --query-block 16 --repeats 1 --attention blocks"
   assert update.main(words.split()) == 0
   found = record(capsys)
-  forms = {"blocks", "rows", "plain rows"}
+  forms = {"blocks", "rows", "ordinary rows"}
   assert set(found["peak_mib"]) == set(found["temporary_mib"]) == forms
   assert all(found["peak_mib"][name] > mib for name, mib in found["temporary_mib"].items())
   on_rows = 2 * 7 + 4 * 13
-  assert found["tokens"] == {"blocks": 48, "rows": on_rows, "plain rows": on_rows}
-  assert set(found["ratio"]) == {"rows / blocks", "plain rows / blocks"}
+  assert found["tokens"] == {"blocks": 48, "rows": on_rows, "ordinary rows": on_rows}
+  assert set(found["ratio"]) == {"rows / blocks", "ordinary rows / blocks"}
   assert found["gradient_error"] < 1e-5
+
+
+@pytest.mark.parametrize("form", update.ROWS)
+def test_ordinary_rows_have_gradients_of_jax_and_logits_of_whole_rows(form):
+  words = "--branches 2 --segment 6 --layers 1 --width 64 --vocab 48"
+  cfg, loss_cfg = update.configs(update.parse_args(words.split()))
+  # Rows of 7 tokens, of which 4 are the segment.
+  rows = update.segment_rows(update.full_tree([2], 4, 3, 48), np.ones(3, np.float32), 64)
+  params = nn.unbox(jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
+  state = jax.eval_shape(lambda params: new_state(params, update.OPTIMIZER), params)
+  ordinary = update.ROWS[form]
+  jaxpr = str(update.rows_step.trace(cfg, loss_cfg, ordinary, state, rows).jaxpr)
+  assert ("name=_product" in jaxpr) != ordinary
+  assert [f"f32[2,{n},48]" in jaxpr for n in (4, 6)] == [not ordinary, ordinary]
 
 
 def test_wrong_sizes_are_told(capsys):
