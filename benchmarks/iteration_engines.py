@@ -116,7 +116,7 @@ def grpo_config(job: Job) -> Config:
       epsilon_high=EPSILON,
     ),
     packing=PackingConfig(
-      row_length=row, rows=1, query_block=row, key_block=row, logprob_chunk=row
+      row_length=row, rows=1, query_block=row, key_block=row, logprob_chunk=job.samples * job.new
     ),
     optimizer=OPTIMIZER,
   )

@@ -5,11 +5,11 @@ With `--plain ROWS TOKENS` it is an update on plain rows, beside other people's:
 Both take the same optimiser step from one full tree: the packed forest runs every token once, the
 rows run a prefix again for every segment below it. There are rows of two kinds. `rows` are no straw
 man: they have what of the packed step's means they can, products with our gradients, and logits of
-the segment's own tokens alone. `ordinary rows` have neither: JAX's own gradients, and logits of
-whole rows, as in the authors' trainer. In both, rows of one length form a batch without padding,
-and attention is dense and causal over so few tokens. Micro-batches hold as many tokens in all
-forms: on a CPU large ones are slow for any. All steps run in turn, in one process: a packed one for
-each backend of attention, and those on rows.
+the segment's own tokens alone, computed once. `ordinary rows` have neither: JAX's own gradients,
+and a softmax of the logits of whole rows, as in the authors' trainer. In both, rows of one length
+form a batch without padding, and attention is dense and causal over so few tokens. Micro-batches
+hold as many tokens in all forms: on a CPU large ones are slow for any. All steps run in turn, in
+one process: a packed one for each backend of attention, and those on rows.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from flax import linen as nn
 from benchmarks import plain_update
 from benchmarks.timing import machine, print_columns
 from spo_jax.algorithms import losses
+from spo_jax.algorithms.logprobs import token_loss
 from spo_jax.config import Config, OptimizerConfig
 from spo_jax.forest import Forest, ForestBuilder
 from spo_jax.learner import loss_config
@@ -107,6 +108,19 @@ def ordinary_product(x: jax.Array, weight: jax.Array) -> jax.Array:
   return jnp.tensordot(x, weight, x.ndim - 2)
 
 
+def clipped_loss(loss_cfg: LossConfig, logprobs, mask, columns, _=None):
+  """(PPO's clipped loss, its sums); columns are old log-probs and advantages."""
+  sums = losses.ppo_clip(
+    logprobs,
+    *columns,
+    mask,
+    epsilon_low=loss_cfg.epsilon_low,
+    epsilon_high=loss_cfg.epsilon_high,
+    log_ratio_bound=loss_cfg.log_ratio_bound,
+  )
+  return sums.loss, sums
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
 def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, ordinary: bool, state: TrainState, buckets):
   """The update of `train_step` without a KL term, on rows; returns (state, loss)."""
@@ -119,24 +133,24 @@ def rows_step(cfg: DecoderConfig, loss_cfg: LossConfig, ordinary: bool, state: T
     multiply = ordinary_product if ordinary else decoder.product
     with mock.patch.object(decoder, "product", multiply):
       hidden, _ = forward(cfg, attend_causal, params, tokens_BxT, positions)
-    first = 1 if ordinary else T - S  # token whose log-prob is computed
-    logprobs = losses.token_logprobs(
-      hidden[:, first - 1 : T - 1],
+    columns = (old_BxS, jnp.broadcast_to(advantages_B[:, None], old_BxS.shape))
+    mask_BxS = jnp.ones(old_BxS.shape, bool)
+    if ordinary:
+      logits = jnp.dot(hidden[:, :-1], unembedding(cfg, params), preferred_element_type=jnp.float32)
+      logprobs = jax.nn.log_softmax(logits / loss_cfg.temperature)
+      taken = jnp.take_along_axis(logprobs, tokens_BxT[:, 1:, None], axis=-1)[..., 0]
+      return clipped_loss(loss_cfg, taken[:, -S:], mask_BxS, columns)[0] / count
+    total, _ = token_loss(
+      functools.partial(clipped_loss, loss_cfg),
+      hidden[:, T - S - 1 : T - 1],
       unembedding(cfg, params),
-      tokens_BxT[:, first:],
+      tokens_BxT[:, T - S :],
+      mask_BxS,
+      columns,
       chunk=loss_cfg.logprob_chunk,
       temperature=loss_cfg.temperature,
     )
-    sums = losses.ppo_clip(
-      logprobs[:, -S:],
-      old_BxS,
-      jnp.broadcast_to(advantages_B[:, None], old_BxS.shape),
-      jnp.ones(old_BxS.shape, bool),
-      epsilon_low=loss_cfg.epsilon_low,
-      epsilon_high=loss_cfg.epsilon_high,
-      log_ratio_bound=loss_cfg.log_ratio_bound,
-    )
-    return sums.loss / count
+    return total / count
 
   def add(total, batch):
     return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(state.params, batch)), None

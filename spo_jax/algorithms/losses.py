@@ -5,8 +5,6 @@ averages the means of micro-batches. Whatever stands outside the mask (-1e9, NaN
 a sum nor reaches a gradient.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax.algorithms import kl, masking
-from spo_jax.numerics import soft_cap
+from spo_jax.algorithms.logprobs import chunk_logits, map_chunks
 
 
 class PPOSums(NamedTuple):
@@ -182,76 +180,6 @@ def weighted_nll(
   return total
 
 
-def token_logprobs(
-  hidden: jax.Array,
-  unembed: jax.Array,
-  targets: jax.Array,
-  *,
-  chunk: int,
-  temperature: float | jax.Array,
-  logit_cap: float | None = None,
-) -> jax.Array:
-  """log softmax(hidden · unembed / temperature)[target] without a [B, T, V] array.
-
-  Runs over chunks of tokens and computes each chunk's logits again in the backward pass, so the
-  peak is [B, chunk, V] float32 both ways. The gradient of unembed is summed over chunks in the
-  dtype of unembed.
-
-  Args:
-    hidden: [B, T, D] float, the state that predicts the target at the same index.
-    unembed: [D, V] float.
-    targets: [B, T] int32 in [0, V); mask what has no target afterwards.
-    chunk: most tokens of a row that are unembedded at a time; T is cut into chunks of one size.
-    temperature: that of sampling, so that these are the behaviour policy's log-probabilities.
-    logit_cap: soft cap of the logits, before the temperature; None: they have none.
-
-  Returns:
-    [B, T] float32.
-  """
-  chex.assert_rank([hidden, unembed, targets], [3, 2, 2])
-  dims = chex.Dimensions(B=hidden.shape[0], T=hidden.shape[1], D=hidden.shape[2])
-  chex.assert_shape(targets, dims["BT"])
-  chex.assert_axis_dimension(unembed, 0, dims["D"][0])
-  chex.assert_type(targets, int)
-
-  def chunk_logprobs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-    states, labels = inputs  # [B, C, D], [B, C]
-    return _chunk_logprobs(logit_cap, states, unembed, temperature, labels)
-
-  return _map_chunks(chunk_logprobs, (hidden, targets), chunk)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunk_logprobs(logit_cap: float | None, states, unembed, temperature, labels) -> jax.Array:
-  """[B, C] log-probs of labels; the backward pass knows their gradient, and keeps no logits."""
-  return _chunk_forward(logit_cap, states, unembed, temperature, labels)[0]
-
-
-def _chunk_forward(logit_cap, states, unembed, temperature, labels):
-  logits = _scaled(_products(states, unembed), temperature, logit_cap)
-  log_sum = jax.nn.logsumexp(logits, axis=-1)
-  taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-  return taken - log_sum, (states, unembed, temperature, labels, log_sum)
-
-
-def _chunk_backward(logit_cap, kept, d_logprobs):
-  states, unembed, temperature, labels, log_sum = kept
-  products = _products(states, unembed)
-  scale = lambda products, temperature: _scaled(products, temperature, logit_cap)
-  logits, pull = jax.vjp(scale, products, temperature)
-  # Written so that all of it is one pass over the logits.
-  chosen = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
-  d_logits = d_logprobs[..., None] * (chosen - jnp.exp(logits - log_sum[..., None]))
-  d_products, d_temperature = pull(d_logits)
-  d_products = d_products.astype(states.dtype)
-  d_states = jnp.einsum("bcv,dv->bcd", d_products, unembed).astype(states.dtype)
-  d_unembed = jnp.einsum("bcd,bcv->dv", states, d_products).astype(unembed.dtype)
-  return d_states, d_unembed, d_temperature, None
-
-
-_chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
-
-
 def forward_kl(
   hidden: jax.Array,
   unembed: jax.Array,
@@ -270,8 +198,8 @@ def forward_kl(
     KLₜ = Σᵥ π_refₜ(v) (log π_refₜ(v) - log πₜ(v))
 
   It spreads the policy over all that the reference holds likely, where `kl_loss` keeps it from what
-  the reference holds unlikely. Chunks of tokens as in `token_logprobs`, with the logits of both
-  policies: the peak is twice as large. The reference gets no gradient.
+  the reference holds unlikely. Chunks of tokens as in `logprobs.token_logprobs`, with the logits of
+  both policies: the peak is twice as large. The reference gets no gradient.
 
   Args:
     hidden: [B, T, D] float, of the trained policy.
@@ -279,7 +207,7 @@ def forward_kl(
     ref_hidden: [B, T, E] float, of the reference policy.
     ref_unembed: [E, V] float.
     loss_mask: [B, T] bool.
-    chunk: as in `token_logprobs`.
+    chunk: as in `logprobs.token_logprobs`.
     temperature: likewise, of both policies.
     logit_cap: likewise.
     clip_min: lower bound of a token's KL.
@@ -297,48 +225,13 @@ def forward_kl(
 
   def chunk_divergence(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     states, ref_states = inputs  # [B, C, D], [B, C, E]
-    logprobs = jax.nn.log_softmax(_logits(states, unembed, temperature, logit_cap))
-    ref_logprobs = jax.nn.log_softmax(_logits(ref_states, ref_unembed, temperature, logit_cap))
+    logprobs = jax.nn.log_softmax(chunk_logits(states, unembed, temperature, logit_cap))
+    ref_logprobs = jax.nn.log_softmax(chunk_logits(ref_states, ref_unembed, temperature, logit_cap))
     return kl.full(ref_logprobs, logprobs)
 
   states = keep(hidden), keep(jax.lax.stop_gradient(ref_hidden))
   # A scan cannot be merged with its own recomputation, so the barrier against it is not needed.
   recomputed = jax.checkpoint(chunk_divergence, prevent_cse=False)
-  divergence = kl.clip(_map_chunks(recomputed, states, chunk), clip_min, clip_max)
+  divergence = kl.clip(map_chunks(recomputed, states, chunk), clip_min, clip_max)
   total, _ = masking.masked_sum_count(divergence, loss_mask)
   return total
-
-
-def _logits(
-  states: jax.Array,
-  unembed: jax.Array,
-  temperature: float | jax.Array,
-  logit_cap: float | None,
-) -> jax.Array:
-  """[B, C, D], [D, V] -> [B, C, V] float32."""
-  return _scaled(_products(states, unembed), temperature, logit_cap)
-
-
-def _products(states, unembed) -> jax.Array:
-  return jnp.einsum("bcd,dv->bcv", states, unembed, preferred_element_type=jnp.float32)
-
-
-def _scaled(products, temperature, logit_cap: float | None) -> jax.Array:
-  return soft_cap(products, logit_cap) / temperature
-
-
-def _map_chunks(
-  fn: Callable[[tuple[jax.Array, ...]], jax.Array], inputs: tuple[jax.Array, ...], chunk: int
-) -> jax.Array:
-  """fn of arrays [B, C, ...] -> [B, C], over the chunks of arrays [B, T, ...] -> [B, T]."""
-  rows, length = inputs[0].shape[:2]
-  num_chunks = -(-length // chunk)
-  size = -(-length // num_chunks)
-
-  def split(x: jax.Array) -> jax.Array:
-    rest = x.shape[2:]
-    padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * len(rest)
-    return jnp.pad(x, padding).reshape(rows, num_chunks, size, *rest).swapaxes(0, 1)
-
-  mapped = jax.lax.map(fn, tuple(split(x) for x in inputs))
-  return mapped.swapaxes(0, 1).reshape(rows, -1)[:, :length]

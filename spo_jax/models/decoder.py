@@ -27,7 +27,7 @@ from spo_jax.infra.mesh import (
 from spo_jax.models.attention import ATTENTION, AttentionSpec
 from spo_jax.models.product import product
 from spo_jax.models.rope import Rope, rotary_tables, rotate, take_tables
-from spo_jax.numerics import soft_cap
+from spo_jax.numerics import pick, soft_cap
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 
@@ -146,11 +146,6 @@ def fan_in_init(*fan_in_axes: int) -> nn.initializers.Initializer:
     return nn.initializers.truncated_normal(fan_in**-0.5)(key, shape, dtype)
 
   return init
-
-
-def pick(x_BxTxE: jax.Array, places_BxR: jax.Array) -> jax.Array:
-  """[B, R, ...]: of each row of [B, T, ...], the elements at its places."""
-  return jax.vmap(lambda row, places: row[places])(x_BxTxE, places_BxR)
 
 
 def rescale(product: jax.Array, scales: jax.Array | None) -> jax.Array:

@@ -5,6 +5,8 @@ micro-batches add up exactly.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.algorithms import critic, losses, masking, preference
+from spo_jax.algorithms.logprobs import token_logprobs, token_loss
 from spo_jax.infra import hosts
 from spo_jax.infra.mesh import split_tokens
 from spo_jax.models.attention import PackedContext, attend_packed
@@ -75,6 +78,16 @@ class SamplerSums(NamedTuple):
   weight: jax.Array  # importance weights
 
 
+class TokenColumns(NamedTuple):
+  """What the terms that are sums over tokens read of each, [B, R] or fewer; see `PackedForest`."""
+
+  old_logprobs: jax.Array
+  advantages: jax.Array
+  ref_logprobs: jax.Array
+  weights: jax.Array | None
+  sampler_logprobs: jax.Array | None
+
+
 class Scale(NamedTuple):
   """What sums over the tokens of an update are multiplied by, scalars."""
 
@@ -99,10 +112,38 @@ def states_logprobs(
   cfg: DecoderConfig, params, hidden: jax.Array, targets: jax.Array, *, temperature, chunk
 ) -> jax.Array:
   """[B, R] float32 log-probs of targets [B, R] from the states [B, R, D] that predict them."""
-  return losses.token_logprobs(
+  return token_logprobs(
     hidden,
     unembedding(cfg, params),
     targets,
+    chunk=chunk,
+    temperature=temperature,
+    logit_cap=cfg.logit_cap,
+  )
+
+
+def states_loss(
+  cfg: DecoderConfig,
+  loss_fn: Callable[..., tuple[jax.Array, Any]],
+  params,
+  hidden: jax.Array,
+  micro: PackedForest,
+  columns: Any = None,
+  scalars: Any = None,
+  *,
+  temperature: float,
+  chunk: int,
+) -> tuple[jax.Array, Any]:
+  """`logprobs.token_loss` of a micro-batch's loss tokens from the states [B, R, D] that predict
+  them."""
+  return token_loss(
+    loss_fn,
+    hidden,
+    unembedding(cfg, params),
+    micro.targets,
+    micro.loss_mask,
+    columns,
+    scalars,
     chunk=chunk,
     temperature=temperature,
     logit_cap=cfg.logit_cap,
@@ -118,7 +159,7 @@ def forest_logprobs(
     cfg: decoder geometry.
     params: its parameters.
     batch: one micro-batch, arrays [B, ...].
-    temperature: as in `losses.token_logprobs`.
+    temperature: as in `logprobs.token_logprobs`.
     chunk: likewise.
 
   Returns:
@@ -190,18 +231,32 @@ def policy_objective(
     (share of the loss, what adds up to the metrics).
   """
   hidden = forest_states(cfg, params, micro)
-  logprobs = states_logprobs(
-    cfg,
-    params,
-    hidden,
-    micro.targets,
-    temperature=loss_cfg.temperature,
-    chunk=loss_cfg.logprob_chunk,
-  )
-  loss, aux = _policy_term(loss_cfg, logprobs, micro, scale.per_unit)
-  kl = _kl(loss_cfg, logprobs, micro) if loss_cfg.kl_coef else jnp.zeros(())
-  if loss_cfg.kl_in == "loss":
-    loss = loss + kl_coef * kl * scale.per_segment
+  columns = TokenColumns(*(getattr(micro, name) for name in TokenColumns._fields))
+  factors = scale.per_unit, kl_coef * scale.per_segment
+  if loss_cfg.kind == "dpo_positive":  # a pair's loss is no sum over tokens
+    logprobs = states_logprobs(
+      cfg,
+      params,
+      hidden,
+      micro.targets,
+      temperature=loss_cfg.temperature,
+      chunk=loss_cfg.logprob_chunk,
+    )
+    loss, aux = _token_terms(loss_cfg, logprobs, micro.loss_mask, columns, factors)
+    aux["pairs"] = _preference(loss_cfg, logprobs, micro)
+    loss = loss + aux["pairs"].loss * scale.per_unit
+  else:
+    loss, aux = states_loss(
+      cfg,
+      functools.partial(_token_terms, loss_cfg),
+      params,
+      hidden,
+      micro,
+      columns,
+      factors,
+      temperature=loss_cfg.temperature,
+      chunk=loss_cfg.logprob_chunk,
+    )
   if loss_cfg.forward_kl_coef:
     divergence = _forward_kl(cfg, loss_cfg, params, ref_params, hidden, micro) * scale.per_token
     loss = loss + loss_cfg.forward_kl_coef * divergence
@@ -210,50 +265,63 @@ def policy_objective(
     values = value_sums(loss_cfg.critic, state_values(params, hidden), micro)
     loss = loss + loss_cfg.critic.coef * values.loss * scale.per_token
     aux["values"] = values
-  return loss, aux | {"loss": loss, "kl": kl * scale.per_token}
+  return loss, aux | {"loss": loss, "kl": aux["kl"] * scale.per_token}
 
 
-def _policy_term(
-  loss_cfg: LossConfig, logprobs: jax.Array, micro: PackedForest, per_unit: jax.Array
+def _token_terms(
+  loss_cfg: LossConfig,
+  logprobs: jax.Array,
+  mask: jax.Array,
+  columns: TokenColumns,
+  factors: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, dict[str, Any]]:
-  """The first term of the loss, and what adds up to its metrics."""
-  aux, weights = {}, micro.weights
+  """The terms of the loss that are sums over tokens, and what adds up to their metrics.
+
+  `factors` are of the policy loss and of the KL.
+  """
+  per_unit, kl_factor = factors
+  aux, weights = {}, columns.weights
   if loss_cfg.importance_cap:
     importance = losses.importance_weights(
-      micro.old_logprobs, micro.sampler_logprobs, micro.loss_mask, cap=loss_cfg.importance_cap
+      columns.old_logprobs, columns.sampler_logprobs, mask, cap=loss_cfg.importance_cap
     )
     weights = importance if weights is None else importance * weights
-    aux["sampler"] = _sampler_sums(importance, micro)
-  sums = losses.ppo_clip(
+    aux["sampler"] = _sampler_sums(importance, mask, columns)
+  aux["sums"] = losses.ppo_clip(
     logprobs,
-    micro.old_logprobs,
-    micro.advantages,
-    micro.loss_mask,
+    columns.old_logprobs,
+    columns.advantages,
+    mask,
     weights=weights,
     epsilon_low=loss_cfg.epsilon_low,
     epsilon_high=loss_cfg.epsilon_high,
     log_ratio_bound=loss_cfg.log_ratio_bound,
   )
+  loss = jnp.zeros(())
   if loss_cfg.kind == "ppo_clip":
-    return sums.loss * per_unit, aux | {"sums": sums}
-  if loss_cfg.kind == "likelihood":
-    nll = losses.weighted_nll(logprobs, micro.advantages, micro.loss_mask, weights=micro.weights)
-    return nll * per_unit, {"sums": sums}
-  pairs = _preference(loss_cfg, logprobs, micro)
-  return pairs.loss * per_unit, {"sums": sums, "pairs": pairs}
+    loss = aux["sums"].loss * per_unit
+  elif loss_cfg.kind == "likelihood":
+    nll = losses.weighted_nll(logprobs, columns.advantages, mask, weights=columns.weights)
+    loss = nll * per_unit
+  aux["kl"] = jnp.zeros(())
+  if loss_cfg.kl_coef:
+    aux["kl"] = _kl(loss_cfg, logprobs, mask, columns)
+    if loss_cfg.kl_in == "loss":
+      loss = loss + kl_factor * aux["kl"]
+  return loss, aux
 
 
-def _sampler_sums(importance: jax.Array, micro: PackedForest) -> SamplerSums:
-  gap = jnp.abs(micro.old_logprobs - micro.sampler_logprobs)
-  total = lambda x: masking.masked_sum_count(x, micro.loss_mask)[0]
+def _sampler_sums(importance: jax.Array, mask: jax.Array, columns: TokenColumns) -> SamplerSums:
+  gap = jnp.abs(columns.old_logprobs - columns.sampler_logprobs)
+  total = lambda x: masking.masked_sum_count(x, mask)[0]
   return SamplerSums(total(gap), total(importance))
 
 
-def _kl(loss_cfg: LossConfig, logprobs: jax.Array, micro: PackedForest) -> jax.Array:
+def _kl(loss_cfg: LossConfig, logprobs, mask, columns: TokenColumns) -> jax.Array:
   return losses.kl_loss(
     logprobs,
-    micro.ref_logprobs,
-    micro.loss_mask,
+    columns.ref_logprobs,
+    mask,
     estimator=loss_cfg.kl_estimator,
     clip_min=-loss_cfg.kl_clip_max,
     clip_max=loss_cfg.kl_clip_max,

@@ -19,10 +19,10 @@ from spo_jax.models.decoder import DecoderConfig
 from spo_jax.training.objective import (
   LossConfig,
   Scale,
-  forest_logprobs,
   forest_states,
   policy_objective,
   state_values,
+  states_loss,
   unit_scale,
   value_sums,
 )
@@ -298,8 +298,9 @@ def supervised_step(
   tokens = jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
   def loss_fn(params, micro: PackedForest):
-    logprobs = forest_logprobs(cfg, params, micro, temperature=1.0, chunk=logprob_chunk)
-    loss, _ = losses.nll(logprobs, micro.loss_mask)
+    hidden = forest_states(cfg, params, micro)
+    nll = lambda logprobs, mask, *_: losses.nll(logprobs, mask)
+    loss, _ = states_loss(cfg, nll, params, hidden, micro, temperature=1.0, chunk=logprob_chunk)
     loss = loss / jnp.maximum(tokens, 1)
     return loss, loss
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from spo_jax.algorithms import kl, losses, masking
+from spo_jax.algorithms.logprobs import token_logprobs
 from tests.algorithms import reference
 
 SHAPE = (8, 30)
@@ -16,7 +17,7 @@ HYPER = [
   "forward_kl_penalty_clip_max",
 ]  # fmt: skip
 CLIP = dict(epsilon_low=0.2, epsilon_high=0.2, log_ratio_bound=10.0)
-_token_logprobs = jax.jit(losses.token_logprobs, static_argnames="chunk")
+_token_logprobs = jax.jit(token_logprobs, static_argnames="chunk")
 
 
 @functools.partial(jax.jit, static_argnames="estimator")
@@ -255,61 +256,6 @@ def test_forward_kl_sees_the_mask_alone():
     h, r = (np.where(mask[..., None], x, np.float32(junk)) for x in (hidden, ref_hidden))
     got = _forward_kl([h, unembed, r, ref_unembed], mask)
     jax.tree.map(np.testing.assert_array_equal, got, clean)
-
-
-@pytest.mark.parametrize("chunk, cap", [(1, None), (3, None), (16, None), (3, 2.0)])
-def test_chunked_logprobs_equal_unchunked_ones(chunk, cap):
-  rng = np.random.default_rng(0)
-  hidden = rng.normal(size=(2, 7, 4)).astype(np.float32)
-  unembed = rng.normal(size=(4, 11)).astype(np.float32)
-  targets = rng.integers(0, 11, (2, 7)).astype(np.int32)
-  weights = rng.normal(size=(2, 7)).astype(np.float32)
-
-  def dense(hidden, unembed, temperature):
-    logits = hidden @ unembed
-    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
-    logprobs = jax.nn.log_softmax(logits / temperature)
-    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-
-  def chunked(hidden, unembed, temperature):
-    return losses.token_logprobs(
-      hidden, unembed, targets, chunk=chunk, temperature=temperature, logit_cap=cap
-    )
-
-  inputs = hidden, unembed, 0.6
-  np.testing.assert_allclose(jax.jit(chunked)(*inputs), dense(*inputs), rtol=1e-5, atol=1e-6)
-  grads = [
-    jax.jit(jax.grad(lambda *x, fn=fn: jnp.sum(fn(*x) * weights), argnums=(0, 1, 2)))
-    for fn in (chunked, dense)
-  ]
-  for got, want in zip(*[grad(*inputs) for grad in grads], strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
-
-
-def test_logits_of_all_tokens_never_exist():
-  """Neither forward nor backward holds an array of T times V numbers."""
-  hidden, unembed = jnp.zeros((1, 64, 4)), jnp.zeros((4, 512))
-  targets, mask = jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64), bool)
-  for loss in (
-    lambda h, u: losses.token_logprobs(h, u, targets, chunk=8, temperature=1.0).sum(),
-    lambda h, u: losses.forward_kl(
-      h, u, hidden, unembed, mask, chunk=8, temperature=1.0, clip_min=-1.0, clip_max=1.0
-    ),
-  ):
-    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, unembed))
-    assert "1,8,512]" in text
-    assert "64,512]" not in text and "8,1,8,512]" not in text
-
-
-def test_bfloat16_inputs_give_float32_logprobs():
-  hidden = jnp.ones((1, 3, 4), jnp.bfloat16)
-  unembed = jnp.linspace(-1, 1, 20, dtype=jnp.bfloat16).reshape(4, 5)
-  got = losses.token_logprobs(
-    hidden, unembed, jnp.zeros((1, 3), jnp.int32), chunk=2, temperature=1.0
-  )
-  assert got.dtype == jnp.float32
-  logits = unembed.astype(jnp.float32).sum(axis=0)
-  np.testing.assert_allclose(got, jnp.full((1, 3), jax.nn.log_softmax(logits)[0]), rtol=1e-5)
 
 
 def test_bad_shapes_raise():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.algorithms import kl, losses, masking, returns
+from spo_jax.algorithms import kl, masking, returns
+from spo_jax.algorithms.logprobs import token_logprobs
 from tests.algorithms import reference
 from tests.algorithms.test_losses import HYPER
 
@@ -16,7 +17,7 @@ VOCAB = 11
 
 def _logprobs(logits, targets, temperature):
   eye = jnp.eye(VOCAB, dtype=jnp.float32)
-  return losses.token_logprobs(logits, eye, targets, chunk=4, temperature=temperature)
+  return token_logprobs(logits, eye, targets, chunk=4, temperature=temperature)
 
 
 def _critic_advantages(batch, continues, old, ref, hyper):

@@ -25,8 +25,8 @@ from spo_jax.models.pretrained import find_pretrained, load_params
 from spo_jax.sampling import decoding, stepping, verbs
 from spo_jax.sampling.token import SamplingConfig
 from spo_jax.training.key_blocks import visible_blocks
+from spo_jax.training.objective import forest_logprobs
 from spo_jax.training.packing import PackedForest
-from spo_jax.training.step import forest_logprobs
 from tests.byte_tokenizer import make_tokenizer
 from tests.models import hf_models
 from tests.models.hf_models import CASES, VOCAB, hf_logits

@@ -8,8 +8,8 @@ import pytest
 from spo_jax.algorithms.partition import PARTITIONS, make_partition
 from spo_jax.sampling.sampler import Sampler, child_keys, draw_keys
 from spo_jax.sampling.strategies import Prompts, grow_chain, grow_tree
+from spo_jax.training.objective import forest_logprobs
 from spo_jax.training.packing import PackConfig, pack
-from spo_jax.training.step import forest_logprobs
 from tests.tiny import EOS, take_prompts, tiny_config, tiny_params, tiny_prompts, tiny_sampler
 
 CFG = tiny_config(layers=1)

@@ -11,8 +11,8 @@ import pytest
 from spo_jax.algorithms import losses
 from spo_jax.errors import UserError
 from spo_jax.training.key_blocks import key_blocks_bound, visible_blocks
+from spo_jax.training.objective import forest_logprobs
 from spo_jax.training.packing import PackConfig, PackedForest, pack, with_room
-from spo_jax.training.step import forest_logprobs
 from tests.tiny import tiny_config, tiny_params
 from tests.training.forests import (
   assert_trees_close,
