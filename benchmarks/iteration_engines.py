@@ -96,7 +96,7 @@ class NumberTask:
 
 def grpo_config(job: Job) -> Config:
   """One update an iteration, without a reference policy; a packed row holds a whole group, and a
-  micro-batch a row: on a CPU few are best."""
+  micro-batch a row: on a CPU few are best. A chunk of logits holds the group's responses."""
   row = job.prompt + job.samples * job.new
   return Config(
     iterations=job.iterations,
