@@ -204,7 +204,7 @@ def gather_weight(mesh: Mesh | None, weight: jax.Array, names: tuple[str | None,
   """
   if mesh is None:
     return weight
-  kept = [None if axis in ROWS else axis for axis in _axes(mesh, weight.shape, names)]
+  kept = _beside_rows(_axes(mesh, weight.shape, names))
   return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*kept)))
 
 
@@ -214,7 +214,8 @@ def spread_shardings(mesh: Mesh, boxed_params):
   Matrices with an axis of "ffn" or "vocab" are split along it over all devices that hold a part,
   and along no other: a device then gives or takes its own channels for all rows, and what is sent
   are rows of the model's width. Split along the width each would have a summand of all channels.
-  The others stay as `param_shardings` has them.
+  The others, of attention, norms and biases, are whole but for `tensor`, since queries meet the
+  keys of their own rows: gathered once, they are not gathered anew at every step.
 
   Args:
     mesh: the mesh.
@@ -223,17 +224,19 @@ def spread_shardings(mesh: Mesh, boxed_params):
   Returns:
     A pytree like the unboxed parameters.
   """
-  whole = param_shardings(mesh, boxed_params)
   parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
 
-  def one(box, sharding):
+  def one(box):
+    shape = box.value.shape
     spec = [
       SPREAD if name in ("ffn", "vocab") and size % parts == 0 else None
-      for name, size in zip(box.names, box.value.shape, strict=True)
+      for name, size in zip(box.names, shape, strict=True)
     ]
-    return NamedSharding(mesh, PartitionSpec(*spec)) if any(spec) else sharding
+    if not any(spec):
+      spec = _beside_rows(_axes(mesh, shape, box.names))
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.map(one, boxed_params, whole, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  return jax.tree.map(one, boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def gather_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
@@ -252,6 +255,11 @@ def split_channels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
 def split_rows(mesh: Mesh | None, x: jax.Array) -> jax.Array:
   """Rows as they are otherwise: each on one device alone, but for the tensor axis."""
   return x if mesh is None else _pin_leading_axis(x, mesh, ROWS)
+
+
+def _beside_rows(axes: Sequence[str | None]) -> list[str | None]:
+  """The mesh axes that are left when those that rows are split over are gathered."""
+  return [None if axis in ROWS else axis for axis in axes]
 
 
 def _axes(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> list[str | None]:

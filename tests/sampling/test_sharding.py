@@ -10,6 +10,7 @@ import pytest
 from spo_jax.algorithms.partition import make_partition
 from spo_jax.infra.mesh import make_mesh, shard_rows
 from spo_jax.models.decode_weights import decode_weights
+from spo_jax.planning.collectives import collectives
 from spo_jax.sampling.sampler import jit_decode
 from spo_jax.sampling.strategies import grow_chain, grow_tree
 from spo_jax.sampling.verbs import Groups
@@ -38,6 +39,11 @@ def grow(mesh):
     cuts_per_group=2,
   )
   return params, prefix, tree, chain
+
+
+def norms_of(block):
+  """The norms among a block's parameters."""
+  return [x for name, x in block.items() if name.endswith("_norm")]
 
 
 def held(x):
@@ -89,7 +95,8 @@ def test_prompts_in_chunks_are_split_as_whole_ones(one_device):
 
 def test_a_step_sends_rows_and_no_summands():
   """Where fsdp splits the weights, decode has them split by what they give: no device holds logits
-  or channels of all rows."""
+  or channels of all rows. Those of attention and norms are gathered once, for all chunks of the
+  suffix."""
   mesh = make_mesh(1, 8, 1)
   cfg = tiny_config(layers=1, ffn=80, vocab_size=144)
   params = shard_params(cfg, mesh, tiny_params(cfg))
@@ -107,6 +114,13 @@ def test_a_step_sends_rows_and_no_summands():
   assert (rows * n, cfg.ffn // 8) in shapes and (rows * n, cfg.vocab_size // 8) in shapes
   assert (rows * n, cfg.ffn) not in shapes and (rows * n, cfg.vocab_size) not in shapes
   assert (n, cfg.vocab_size) in shapes  # each device draws for its own rows
+
+  assert len(decode_cfg.chunks()) > 1
+  gathered = {one.loops: one for one in collectives(text) if one.kind == "all-gather"}[0]
+  attention = [params["block_0"][name] for name in ("query", "key", "value", "out")]
+  scales = [norm["scale"] for norm in (params["final_norm"], *norms_of(params["block_0"]))]
+  assert gathered.count == len(attention) + len(scales)
+  assert gathered.received == sum(x.nbytes for x in (*attention, *scales)) * 7 / 8
 
 
 def test_int8_is_split_as_floats_are():
