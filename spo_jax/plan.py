@@ -39,7 +39,9 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "v5e:4x4, v5p:2x2x2, ..., or cpu:N; else that of the config"
 )
 _CHIP_GIB = flags.DEFINE_float("chip_gib", None, "memory of a chip, in place of the known one")
-_LAYERS = flags.DEFINE_list("layers", [], "two numbers: compile so many, draw a line to the rest")
+_LAYERS = flags.DEFINE_list(
+  "layers", [], "two numbers from 2: compile so many, draw a line to the rest"
+)
 _PROGRAMS = flags.DEFINE_list(
   "programs", [], "compile these alone, such as update/train_step; looks for no largest then"
 )
@@ -82,9 +84,11 @@ def chosen_topology(named: str | None, config: Config) -> str:
 
 
 def _parse_layers(values: list[str]) -> tuple[int, ...]:
-  layers = tuple(int(value) for value in values if value.isdigit() and int(value))
-  if len(layers) != len(values) or len(layers) not in (0, 2) or len(set(layers)) != len(layers):
-    raise UserError(f"--layers={','.join(values)} must be two different positive numbers: 2,4")
+  layers = tuple(int(value) for value in values if value.isdigit())
+  wrong = len(layers) != len(values) or len(layers) not in (0, 2) or len(set(layers)) != len(layers)
+  # The last layer of an update, where only states that the loss reads go on, is unlike the others.
+  if wrong or min(layers, default=2) < 2:
+    raise UserError(f"--layers={','.join(values)} must be two different numbers from 2: 2,4")
   return layers
 
 
