@@ -11,6 +11,7 @@ from jax.errors import JaxRuntimeError
 from spo_jax.infra.topology import GIB
 from spo_jax.planning.collectives import SUMS, Collective, collectives
 from spo_jax.planning.programs import Program, Setup
+from spo_jax.planning.traffic import traffic
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 # What the compiler says of a program that its chip has no room for.
@@ -35,12 +36,13 @@ class Measured:
   compiled: bool = (
     True  # False: the compiler refused it for its memory; temporaries are what it says
   )
-  # As the compiler counts them, the body of a loop once.
-  flops: float = 0.0
-  accessed: float = 0.0  # bytes
+  # The body of a loop counts once.
+  flops: float = 0.0  # as the compiler counts them
+  moved: float = 0.0  # bytes, see `traffic`
+  moved_in_loops: float = 0.0  # of these
   # Of one layer, where two numbers of them were compiled.
   layer_flops: float | None = None
-  layer_accessed: float | None = None
+  layer_moved: float | None = None
   sent: tuple[Collective, ...] = ()
 
   @property
@@ -56,7 +58,8 @@ class Measured:
 
 
 _SIZES = ("arguments", "outputs", "aliased", "temporaries", "beside")
-_COSTS = ("flops", "accessed")
+_COSTS = ("flops", "moved", "moved_in_loops")
+_COSTS_OF_LAYER = ("flops", "moved")
 
 
 def bytes_per_chip(tree) -> int:
@@ -86,7 +89,8 @@ def measure(program: Program) -> Measured:
     seconds = time.perf_counter() - began
     return Measured(program.name, program.phase, seconds, 0, 0, 0, needs, beside, compiled=False)
   seconds = time.perf_counter() - began
-  sizes, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  sizes, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+  moved = traffic(text)
   return Measured(
     program.name,
     program.phase,
@@ -97,8 +101,9 @@ def measure(program: Program) -> Measured:
     sizes.temp_size_in_bytes,
     beside,
     flops=cost.get("flops", 0.0),
-    accessed=cost.get("bytes accessed", 0.0),
-    sent=tuple(collectives(compiled.as_text())),
+    moved=sum(moved.values()),
+    moved_in_loops=sum(moved.values()) - moved[0],
+    sent=tuple(collectives(text)),
   )
 
 
@@ -171,7 +176,7 @@ def _extend_line(a: Measured, b: Measured, layers: tuple[int, ...], at: int) -> 
   compiled = a.compiled and b.compiled
   if compiled:
     of_layer = lambda name: (getattr(b, name) - getattr(a, name)) / (layers[1] - layers[0])
-    line |= {f"layer_{name}": of_layer(name) for name in _COSTS}
+    line |= {f"layer_{name}": of_layer(name) for name in _COSTS_OF_LAYER}
   sent = _sent_on_line(a.sent, b.sent, share)
   return dataclasses.replace(a, **line, seconds=a.seconds + b.seconds, compiled=compiled, sent=sent)
 

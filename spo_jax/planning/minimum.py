@@ -1,11 +1,11 @@
 """What programs cost, against the least that any program of the same algorithm must.
 
-Costs are the compiler's own figures. They count a loop's body once, so two are told that this does
-not spoil: those of one decode step, which has no loop but that of rejected draws, and those of one
-layer in `train_step`, the difference between two compilations, whose loop over micro-batches then
-counts one of them. There the optimiser's pass over a layer's parameters is counted with it; and
-attention in full by "pallas", which tells its cost for all listed blocks, and by "blocks", while
-of the loops of "flash" one turn is counted.
+FLOPs are the compiler's figure, bytes that of `traffic`. They count a loop's body once, so two are
+told that this does not spoil: those of one decode step, which has no loop but that of rejected
+draws, and those of one layer in `train_step`, the difference between two compilations, whose loop
+over micro-batches then counts one of them. There the optimiser's pass over a layer's parameters is
+counted with it; and attention in full by "pallas", which tells its cost for all listed blocks, and
+by "blocks", while of the loops of "flash" one turn is counted.
 """
 
 import dataclasses
@@ -61,14 +61,14 @@ def costs(setup: Setup, step: Measured, train: Measured) -> list[Cost]:
   found = []
   if step.compiled:
     least = decode_minimum(setup)
-    found.append(Cost("decode step, a chip at a full suffix", "bytes", step.accessed, least))
+    found.append(Cost("decode step, a chip at a full suffix", "bytes", step.moved_in_loops, least))
   if train.layer_flops is not None:
     packing = setup.config.packing
     each = setup.mesh.size / (packing.rows * packing.row_length)
     least = train_minimum(setup)
     found += [
       Cost("train_step, a layer and packed token", "FLOPs", train.layer_flops * each, least),
-      Cost("train_step, a layer and packed token", "bytes", train.layer_accessed * each, None),
+      Cost("train_step, a layer and packed token", "bytes", train.layer_moved * each, None),
     ]
   return found
 
@@ -76,7 +76,7 @@ def costs(setup: Setup, step: Measured, train: Measured) -> list[Cost]:
 def decode_minimum(setup: Setup) -> float:
   """Bytes that a chip must read for a decode step at a full suffix.
 
-  The weights that it holds, once; the keys and values of each group's prefix, once, and of each
+  Its share of the weights, once; the keys and values of each group's prefix, once, and of each
   continuation's suffix. What a window hides is not read. Logits are not counted, nor the scales of
   weights, nor what a chip sends to others.
   """

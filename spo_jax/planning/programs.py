@@ -243,10 +243,10 @@ def decoded_levels(config: Config) -> list[tuple[str, Level]]:
 
 
 def decode_step(setup: Setup) -> Program:
-  """One step of the last and largest call of `decode`, at a full suffix.
+  """Steps of the last and largest call of `decode`, at a full suffix: a loop, as there.
 
-  A part of that program, for its cost: what the compiler tells of a loop is that of one turn, and
-  of the whole program no part is told.
+  A part of that program, for its cost: in a loop the compiler lays caches out for all its turns,
+  not as they come and go. Compiled with all layers, since caches of few would stay in the core.
   """
   _, level = decoded_levels(setup.config)[-1]
   decode_cfg = _sampler(setup, as_rollout=True).decode_config(level.budget, level.keep_cache)
@@ -259,21 +259,31 @@ def decode_step(setup: Setup) -> Program:
   chunks = [_in_rows(setup, jax.eval_shape(lambda size=size: empty(size))) for size in sizes]
   full = tuple(zip(*chunks[:-1], strict=True)) or ((),) * cfg.layers
 
-  def step(params, prefix, state, full, last, time):
-    return stepping.decode_step(cfg, decode_cfg, params, prefix, state, full, last, time, ring=ring)
+  def steps(params, prefix, state, full, last, time, end):
+    def step(carry):
+      state, last, time = carry
+      state, last = stepping.decode_step(
+        cfg, decode_cfg, params, prefix, state, full, last, time, ring=ring
+      )
+      return state, last, time + 1
 
+    return jax.lax.while_loop(lambda carry: carry[2] < end, step, (state, last, time))
+
+  count = jax.ShapeDtypeStruct((), jnp.int32)
   return Program(
     "decode step",
     "sampling",
-    lambda: jax.jit(step, donate_argnums=(2, 4)).lower(
+    lambda: jax.jit(steps, donate_argnums=(2, 4)).lower(
       _decode_weights(setup, decode_cfg.weights),
       _prefix(setup, E, level.prefix, decode_cfg.cache),
       _in_rows(setup, state),
       full,
       chunks[-1],
-      jax.ShapeDtypeStruct((), jnp.int32),
+      count,
+      count,
     ),
     beside=(),
+    whole=True,
   )
 
 

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +179,22 @@ def test_a_query_of_the_kernel_that_sees_all_slots_sees_no_others(monkeypatch):
   scores = PLAIN.scale * q @ k
   np.testing.assert_allclose(log_sum, jax.nn.logsumexp(scores, axis=-1), rtol=1e-5)
   np.testing.assert_allclose(mixed, jax.nn.softmax(scores, axis=-1) @ v, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tpu_keeps_caches_in_its_memory():
+  """The kernel's keys and values, after the number of blocks and the queries, are told to lie
+  there; by itself the compiler moves whole caches into the core and back in each step."""
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+  number, whole = functools.partial(array, jnp.bfloat16), functools.partial(array, jnp.int32)
+  attend = jax.jit(functools.partial(pallas_decode.partial_attention, spec=PLAIN))
+  traced = attend.trace(
+    *(number(2, 2, 6, 128), number(2, 2, 128, 256), number(2, 2, 256, 128)),
+    *(whole(2, 256), whole(2, 6, 2)),
+  )
+  text = traced.lower(lowering_platforms=("tpu",)).as_text().replace("\\22", '"')
+  (colors,) = re.findall(r'memory_space_colors": (\[.*?\])', text)
+  in_memory = {one["operand_index"] for one in json.loads(colors) if one["color"] == 0}
+  assert in_memory == {2, 3}
 
 
 @pytest.mark.parametrize("backend", ["blocks", "pallas"])

@@ -48,12 +48,12 @@ def test_the_least_flops_of_a_layer():
 
 def test_a_layers_cost_is_the_difference_of_two_compilations():
   two, four = (
-    dataclasses.replace(sized(1.0), flops=flops, accessed=accessed)
-    for flops, accessed in ((100.0, 1000.0), (160.0, 1400.0))
+    dataclasses.replace(sized(1.0), flops=flops, moved=moved)
+    for flops, moved in ((100.0, 1000.0), (160.0, 1400.0))
   )
   line = measure._extend_line(two, four, (2, 4), at=10)
-  assert (line.layer_flops, line.layer_accessed) == (30.0, 200.0)
-  assert (line.flops, line.accessed) == (340.0, 2600.0)
+  assert (line.layer_flops, line.layer_moved) == (30.0, 200.0)
+  assert (line.flops, line.moved) == (340.0, 2600.0)
   assert (
     measure._extend_line(two, dataclasses.replace(four, compiled=False), (2, 4), 10).layer_flops
     is None
@@ -62,11 +62,11 @@ def test_a_layers_cost_is_the_difference_of_two_compilations():
 
 def test_costs_are_per_packed_token_of_all_chips():
   """A micro-batch of 8 rows of 32 tokens, a row a chip."""
-  train = dataclasses.replace(sized(1.0), layer_flops=32.0 * 17000, layer_accessed=32.0 * 50)
-  step = dataclasses.replace(sized(1.0), accessed=3 * minimum.decode_minimum(setup_of()))
-  decode, flops, accessed = minimum.costs(setup_of(), step, train)
-  assert decode.ratio == 3 and flops.found == 17000 and accessed.found == 50
-  assert flops.ratio == 17000 / (6 * BLOCK) and accessed.ratio is None
+  train = dataclasses.replace(sized(1.0), layer_flops=32.0 * 17000, layer_moved=32.0 * 50)
+  step = dataclasses.replace(sized(1.0), moved_in_loops=3 * minimum.decode_minimum(setup_of()))
+  decode, flops, moved = minimum.costs(setup_of(), step, train)
+  assert decode.ratio == 3 and flops.found == 17000 and moved.found == 50
+  assert flops.ratio == 17000 / (6 * BLOCK) and moved.ratio is None
   assert minimum.costs(setup_of(), dataclasses.replace(step, compiled=False), sized(1.0)) == []
 
 
@@ -84,7 +84,7 @@ def test_a_decode_step_is_counted_at_least_its_minimum(rollout):
   setup = setup_of(rollout=rollout)
   step = measure.measure(programs.decode_step(setup))
   assert step.name == "decode step" and step.aliased > 0
-  assert 1 < step.accessed / minimum.decode_minimum(setup) < 80
+  assert 1 < step.moved_in_loops / minimum.decode_minimum(setup) < 80
 
 
 def test_a_layers_products_are_counted_as_the_least_says():
@@ -109,7 +109,7 @@ def test_a_layers_products_are_counted_as_the_least_says():
 def test_a_plan_has_costs_where_they_are_asked_for(monkeypatch):
   def pretend(setup, kind, layers, note, only=()):
     names = [program.name for program in kind(setup)]
-    measured = dataclasses.replace(sized(1.0), accessed=5.0, layer_flops=1.0, layer_accessed=1.0)
+    measured = dataclasses.replace(sized(1.0), moved_in_loops=5.0, layer_flops=1.0, layer_moved=1.0)
     return [dataclasses.replace(measured, name=name) for name in names]
 
   monkeypatch.setattr(plan, "planned_decoder", lambda config: MODEL)

@@ -94,6 +94,9 @@ def _on_one_device(spec, interpret, q, k, v, order_BxS, bounds_BxMx2):
   one_order = len(order_BxS) == 1
   at_order = lambda b, h, j, used: (0 if one_order else b, 0, block_of(b, j, used))
   per_query = pl.BlockSpec((None, None, M, 1), of_queries)
+  if not interpret:
+    # Else the compiler fetches a whole cache into the core for the step's write, and puts it back.
+    k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k, v))
   mixed, log_sum = pl.pallas_call(
     functools.partial(_kernel, spec, S),
     out_shape=(
