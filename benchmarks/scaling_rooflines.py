@@ -15,8 +15,8 @@ FLOAT = 4  # bytes, of float32
 FORWARD, TRAIN = 2, 8  # FLOPs a weight and token; a block is computed anew in the backward pass
 ADAM = 7 * FLOAT  # bytes a parameter: it, its gradient and two moments are read, three written
 
-# Of a decode step, as compiled for v5e:4x4: five gathers, and a ring of permutes taken for one.
-COLLECTIVES_A_LAYER = 6
+# Of a decode step, as compiled for v5e:4x4: a gather, and a ring of permutes taken for one.
+COLLECTIVES_A_LAYER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Limits:
   """What may lie on a chip."""
 
   state: float  # share of its memory
-  caches: float  # share of what the state leaves
+  caches: float  # share of what the state and the weights of decode leave
 
 
 def on_chip(chip: Chip, flops: float, accessed: float) -> float:
@@ -164,8 +164,8 @@ def step_parts(
 ) -> dict[str, float]:
   """Seconds of a decode step's parts, each at its roofline.
 
-  Of the weights of `fsdp` chips those of the attention are split along the width and gathered at
-  each step; the others are split along what they give, and rows are sent there and back.
+  Of the weights of `fsdp` chips those of the attention are whole on each while it decodes; the
+  others are split along what they give, and rows are sent there and back.
 
   Args:
     model: the policy.
@@ -178,17 +178,16 @@ def step_parts(
   chip, fsdp = machine.chip, machine.fsdp
   mine = -(-groups // machine.chips)
   rows = mine * n
-  read = (model.attention_weights + model.spread_weights / fsdp) * NUMBER
   cached = lambda queries, keys: on_chip(
     chip, queries * model.score_flops, keys * model.token_bytes
   )
-  others = (fsdp - 1) / fsdp
-  sent = model.attention_weights * NUMBER * others
-  sent += 2 * model.geometry.layers * rows * (fsdp - 1) * model.geometry.width * NUMBER
-  sent += rows * model.geometry.vocab_size * FLOAT * others
+  # Rows go to the feed-forward's weights and back, once to the unembedding's, and are an all-reduce
+  # of what the parts of the embedding have.
+  sent = (2 * model.geometry.layers + 3) * rows * (fsdp - 1) * model.geometry.width * NUMBER
+  sent += rows * model.geometry.vocab_size * FLOAT * (fsdp - 1) / fsdp
   waits = model.geometry.layers * COLLECTIVES_A_LAYER * machine.hops * chip.hop_s
   return {
-    "weights": on_chip(chip, FORWARD * rows * model.weights, read),
+    "weights": on_chip(chip, FORWARD * rows * model.weights, decode_weights_bytes(model, machine)),
     "prefix": cached(rows * prefix, mine * prefix),
     "suffix": cached(rows * suffix, rows * suffix),
     "logits": on_chip(chip, 0, 2 * rows * model.geometry.vocab_size * FLOAT),
@@ -271,14 +270,21 @@ def state_bytes(model: Policy, machine: Machine) -> float:
   return 4 * FLOAT * model.parameters / machine.fsdp
 
 
+def decode_weights_bytes(model: Policy, machine: Machine) -> float:
+  """The weights of a chip while it decodes."""
+  return (model.attention_weights + model.spread_weights / machine.fsdp) * NUMBER
+
+
 def most_slots(model: Policy, machine: Machine, work: Work, share: float) -> int:
-  """Groups of the last level whose caches a share of what the state leaves holds at a time.
+  """Groups of the last level whose caches a share of what the state and the weights of decode leave
+  holds at a time.
 
   A group has its prefix twice, where it was made and where it is decoded.
   """
   groups, n, prefix, budget = work.levels()[-1]
   of_group = (2 * prefix + n * budget) * model.token_bytes
-  room = share * (machine.chip.memory - state_bytes(model, machine))
+  held = state_bytes(model, machine) + decode_weights_bytes(model, machine)
+  room = share * (machine.chip.memory - held)
   return min(groups, max(0, math.floor(room / of_group)) * machine.chips)
 
 
