@@ -67,13 +67,13 @@ def collectives(text: str) -> list[Collective]:
   Returns:
     Sums by kind and depth of loops, most bytes first.
   """
-  program = hlo.parse(text)
+  module = hlo.parse(text)
   sums = collections.defaultdict(lambda: [0, 0.0, 0.0])
 
   def walk(name: str, fused: bool, seen: set[str], loops: int, turns: int) -> None:
     """`seen` are channels of fusions in this turn of the loop."""
-    for instruction in program.computations[name]:
-      sent = _sent(instruction, program.chips)
+    for instruction in module.computations[name]:
+      sent = _sent(instruction, module.chips)
       if sent is not None:
         if not (fused and sent.channel and sent.channel in seen):
           found = sums[sent.kind, loops]
@@ -83,14 +83,14 @@ def collectives(text: str) -> list[Collective]:
         if fused:
           seen.add(sent.channel)
       elif instruction.op == "while":
-        stated = program.turns(instruction) or 1
+        stated = module.turns(instruction) or 1
         for callee in instruction.calls():
           walk(callee, False, set(), loops + 1, turns * stated)
       elif not instruction.op.endswith(("-done", "-update")):
         for callee in instruction.calls():
           walk(callee, fused or instruction.op == "fusion", seen, loops, turns)
 
-  walk(program.entry, False, set(), 0, 1)
+  walk(module.entry, False, set(), 0, 1)
   found = [Collective(kind, loops, *values) for (kind, loops), values in sums.items()]
   return sorted(found, key=lambda one: -one.received_in_stated_turns)
 

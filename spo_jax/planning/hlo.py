@@ -21,7 +21,6 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^{}]*?(?:S\((\d+)\))?\})
 _ONE_CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLEES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHIPS = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 
@@ -57,8 +56,8 @@ class Instruction:
     return callees
 
 
-class Program(NamedTuple):
-  """A compiled program."""
+class Module(NamedTuple):
+  """A compiled program, as HLO calls it."""
 
   computations: dict[str, list[Instruction]]
   entry: str  # the computation that runs first
@@ -73,17 +72,17 @@ class Program(NamedTuple):
     (root,) = (one for one in condition if one.root)
     if root.op != "compare" or "direction=LT" not in root.rest:
       return None
-    limits = {one.name: constant(one) for one in condition}
+    limits = {one.name: _constant(one) for one in condition}
     return limits.get(root.operands[-1])
 
 
-def constant(instruction: Instruction) -> int | None:
-  """The whole number that it is."""
-  found = _CONSTANT.match(f"{instruction.shapes} {instruction.op}({instruction.rest}")
-  return int(found[1]) if found else None
+def _constant(instruction: Instruction) -> int | None:
+  """The whole number that it is, if it is one."""
+  is_one = instruction.op == "constant" and instruction.shapes.startswith("s32[]")
+  return int(instruction.rest.partition(")")[0]) if is_one else None
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> Module:
   """Reads a program, as `compiled.as_text()`."""
   computations, entry, current = {}, "", None
   for line in text.splitlines():
@@ -93,7 +92,7 @@ def parse(text: str) -> Program:
     elif current is not None and (instruction := _read(_NOTE.sub("", line))):
       current.append(instruction)
   chips = max(map(int, _CHIPS.findall(text[: text.find("\n")])), default=1)
-  return Program(computations, entry, chips)
+  return Module(computations, entry, chips)
 
 
 def _read(line: str) -> Instruction | None:
@@ -102,7 +101,10 @@ def _read(line: str) -> Instruction | None:
     return None
   root, name, said = found.groups()
   end = _closing(said[1:]) + 2 if said.startswith("(") else said.find(" ")
-  op, rest = _OPERATION.match(said[end:]).groups()
+  operation = _OPERATION.match(said[end:])
+  if operation is None:
+    return None
+  op, rest = operation.groups()
   operands = tuple(_NAME.findall(rest[: _closing(rest)]))
   return Instruction(name, said[:end], op, operands, rest, bool(root))
 

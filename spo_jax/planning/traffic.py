@@ -30,23 +30,23 @@ def traffic(text: str) -> dict[int, float]:
   Args:
     text: HLO, as `compiled.as_text()`.
   """
-  program = hlo.parse(text)
+  module = hlo.parse(text)
   moved = collections.defaultdict(float)
 
   def walk(name: str, loops: int) -> None:
-    computation = program.computations[name]
+    computation = module.computations[name]
     by_name = hlo.named(computation)
     for instruction in computation:
-      moved[loops] += _moved(program, by_name, instruction)
+      moved[loops] += _moved(module, by_name, instruction)
       if instruction.op in ("while", "conditional", "call"):
         for callee in instruction.calls():
           walk(callee, loops + (instruction.op == "while"))
 
-  walk(program.entry, 0)
+  walk(module.entry, 0)
   return dict(moved)
 
 
-def _moved(program: hlo.Program, by_name: dict[str, Instruction], one: Instruction) -> float:
+def _moved(module: hlo.Module, by_name: dict[str, Instruction], one: Instruction) -> float:
   """Bytes that an instruction moves."""
   if one.op in _MOVES_NOTHING or one.op.endswith(("-done", "-update")):
     return 0
@@ -54,7 +54,7 @@ def _moved(program: hlo.Program, by_name: dict[str, Instruction], one: Instructi
   if one.op == "custom-call" and any(target in one.rest for target in _NO_TARGETS):
     return 0
   if one.op == "fusion":
-    return _moved_by_fusion(program, operands, one)
+    return _moved_by_fusion(module, operands, one)
   if one.op == "copy-start":  # (copy, operand, token)
     return sum(array.size for array in one.arrays[:2] if array.memory == 0)
   if one.op == "slice-start":  # ((operand), slice, token)
@@ -71,19 +71,19 @@ def _moved(program: hlo.Program, by_name: dict[str, Instruction], one: Instructi
 
 
 def _moved_by_fusion(
-  program: hlo.Program, operands: Sequence[Instruction], one: Instruction
+  module: hlo.Module, operands: Sequence[Instruction], one: Instruction
 ) -> float:
   (name,) = one.calls()
-  computation = program.computations[name]
+  computation = module.computations[name]
   reads = sum(
-    min(_held(operand), _read(program, computation, i))
+    min(_held(operand), _read(module, computation, i))
     for i, operand in enumerate(operands)
     if _held(operand)
   )
-  return reads + _written(program, computation, one.arrays)
+  return reads + _written(module, computation, one.arrays)
 
 
-def _read(program: hlo.Program, computation: list[Instruction], index: int) -> float:
+def _read(module: hlo.Module, computation: list[Instruction], index: int) -> float:
   """Bytes that a fusion reads of a parameter: all, if more than parts of it are used."""
   (parameter,) = (
     one for one in computation if one.op == "parameter" and one.rest.startswith(f"{index})")
@@ -99,21 +99,21 @@ def _read(program: hlo.Program, computation: list[Instruction], index: int) -> f
       total += _size(one)
     elif one.op == "fusion":
       (inner,) = one.calls()
-      total += sum(_read(program, program.computations[inner], i) for i in places)
+      total += sum(_read(module, module.computations[inner], i) for i in places)
     elif one.op != "dynamic-update-slice" or places != [0]:
       return _size(parameter)
   return total
 
 
 def _written(
-  program: hlo.Program, computation: list[Instruction], results: Sequence[hlo.Array]
+  module: hlo.Module, computation: list[Instruction], results: Sequence[hlo.Array]
 ) -> float:
   """Bytes that a fusion writes to the chip's memory: of what it updates in place, the update."""
   by_name = hlo.named(computation)
   (root,) = (one for one in computation if one.root)
   if root.op == "fusion":
     (inner,) = root.calls()
-    return _written(program, program.computations[inner], results)
+    return _written(module, module.computations[inner], results)
   roots = [by_name[name] for name in root.operands] if root.op == "tuple" else [root]
   if len(roots) < len(results):  # several of one operation
     return sum(array.size for array in results if array.memory == 0)
