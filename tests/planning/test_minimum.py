@@ -84,7 +84,7 @@ def test_a_decode_step_is_counted_at_least_its_minimum(rollout):
   setup = setup_of(rollout=rollout)
   step = measure.measure(programs.decode_step(setup))
   assert step.name == "decode step" and step.aliased > 0
-  assert 1 < step.moved_in_loops / minimum.decode_minimum(setup) < 80
+  assert 1 < step.moved_in_loops / minimum.decode_minimum(setup) < 40
 
 
 def test_a_layers_products_are_counted_as_the_least_says():
