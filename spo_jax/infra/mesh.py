@@ -213,7 +213,8 @@ def spread_shardings(mesh: Mesh, boxed_params):
 
   Matrices with an axis of "ffn" or "vocab" are split along it over all devices that hold a part,
   and along no other: a device then gives or takes its own channels for all rows, and what is sent
-  are rows of the model's width. Split along the width each would have a summand of all channels.
+  are rows of the model's width. Split along the width each would have a summand of all channels;
+  that is left where the devices do not divide the channels.
   The others, of attention, norms and biases, are whole but for `tensor`, since queries meet the
   keys of their own rows: gathered once, they are not gathered anew at every step.
 
@@ -228,12 +229,12 @@ def spread_shardings(mesh: Mesh, boxed_params):
 
   def one(box):
     shape = box.value.shape
-    spec = [
-      SPREAD if name in ("ffn", "vocab") and size % parts == 0 else None
-      for name, size in zip(box.names, shape, strict=True)
-    ]
-    if not any(spec):
-      spec = _beside_rows(_axes(mesh, shape, box.names))
+    spec = _axes(mesh, shape, box.names)
+    (channels,) = [i for i, name in enumerate(box.names) if name in ("ffn", "vocab")] or [None]
+    if channels is None:
+      spec = _beside_rows(spec)
+    elif shape[channels] % parts == 0:
+      spec = [SPREAD if i == channels else None for i in range(len(shape))]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree.map(one, boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned))

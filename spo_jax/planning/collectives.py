@@ -20,8 +20,6 @@ _RECEIVED = {
   "all-to-all": lambda chips: (chips - 1) / chips,
   "collective-permute": lambda chips: 1,
 }
-# Started by an instruction whose result names the operand first.
-_OPERAND_FIRST = ("all-gather-start", "collective-permute-start")
 
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _FIRST_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -101,7 +99,7 @@ def _sent(instruction: hlo.Instruction, chips: int) -> _Sent | None:
   if kind not in _RECEIVED:
     return None
   result = instruction.shapes
-  if instruction.op in _OPERAND_FIRST:
+  if instruction.op in hlo.OPERAND_FIRST:
     result = hlo.elements(result)[1]
   received = hlo.size(result) * _RECEIVED[kind](_group_size(instruction.rest, chips))
   channel = _CHANNEL.search(instruction.rest)

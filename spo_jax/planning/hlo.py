@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # other names end with their bits, as "f32" does
 
+# Operations whose result names the operand before what they give.
+OPERAND_FIRST = ("all-gather-start", "collective-permute-start")
+
 _NOTE = re.compile(r"/\*.*?\*/")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")

@@ -21,7 +21,6 @@ _MOVES_NOTHING = (
 )
 _NO_TARGETS = ('"AllocateBuffer"', '"ConcatBitcast"')  # of custom calls, likewise
 _PARTS = ("slice", "dynamic-slice", "gather")  # read what they give, not their first operand
-_STARTS_WITH_OPERAND = ("all-gather-start", "collective-permute-start")
 
 
 def traffic(text: str) -> dict[int, float]:
@@ -60,10 +59,11 @@ def _moved(module: hlo.Module, by_name: dict[str, Instruction], one: Instruction
   if one.op == "slice-start":  # ((operand), slice, token)
     whole, part = one.arrays[:2]
     return part.size * sum(array.memory == 0 for array in (whole, part))
-  if one.op in _STARTS_WITH_OPERAND:
+  if one.op in hlo.OPERAND_FIRST:
     return _held(one)
-  if one.op == "dynamic-update-slice":
-    return _updated(operands, one)
+  if one.op == "dynamic-update-slice":  # in place
+    update = operands[1]
+    return _held(update) + _size(update) * _in_memory(one)
   if one.op in _PARTS:
     source, *indices = operands
     return _size(one) * _in_memory(source) + _held(one) + sum(map(_held, indices))
@@ -125,12 +125,6 @@ def _written(
     size = _size(by_name[result.operands[1]]) if updates else array.size
     total += size * (array.memory == 0)
   return total
-
-
-def _updated(operands: Sequence[Instruction], one: Instruction) -> float:
-  """Bytes of an update in place: it is read where it lies, and written."""
-  update = operands[1]
-  return _held(update) + _size(update) * _in_memory(one)
 
 
 def _held(instruction: Instruction) -> float:

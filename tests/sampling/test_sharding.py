@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from spo_jax.algorithms.partition import make_partition
-from spo_jax.infra.mesh import make_mesh, shard_rows
+from spo_jax.infra.mesh import make_mesh, shard_rows, spread_shardings
 from spo_jax.models.decode_weights import decode_weights
+from spo_jax.models.decoder import init_params
 from spo_jax.planning.collectives import collectives
 from spo_jax.sampling.sampler import jit_decode
 from spo_jax.sampling.strategies import grow_chain, grow_tree
@@ -121,6 +122,18 @@ def test_a_step_sends_rows_and_no_summands():
   scales = [norm["scale"] for norm in (params["final_norm"], *norms_of(params["block_0"]))]
   assert gathered.count == len(attention) + len(scales)
   assert gathered.received == sum(x.nbytes for x in (*attention, *scales)) * 7 / 8
+
+
+@pytest.mark.parametrize(("ffn", "held_ffn"), [(80, (16, 10)), (20, (2, 20))])
+def test_no_device_of_decode_has_a_whole_feed_forward_layer(ffn, held_ffn):
+  """Where devices do not divide its channels it stays split along the width."""
+  mesh = make_mesh(1, 8, 1)
+  cfg = tiny_config(layers=1, ffn=ffn)
+  boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  shardings = spread_shardings(mesh, boxed)["block_0"]
+  held = lambda name, shape: shardings[name].shard_shape(shape)
+  assert held("gate", (16, ffn)) == held_ffn and held("down", (ffn, 16)) == held_ffn[::-1]
+  assert held("query", (16, 4, 8)) == (16, 4, 8)
 
 
 def test_int8_is_split_as_floats_are():
