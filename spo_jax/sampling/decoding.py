@@ -5,7 +5,7 @@ of a wave begin together: their suffix is written chunk by chunk, and a step rea
 have begun, not those to come. Else a group that is done leaves and a waiting one enters: the suffix
 is one ring of slots then, since groups are of all ages.
 
-Axis letters, beside those of `verbs`: E groups being decoded.
+Axis letters, beside those of `verbs`: E groups being decoded, K slots refilled at a time.
 """
 
 import dataclasses
@@ -139,21 +139,30 @@ def _refilled(
   )
   done = empty_segments(cfg, dataclasses.replace(decode_cfg, suffix_chunks=1), Q, n)
 
-  def refill(slots: _Slots, done: Segments, entered, time):
-    idle_E = ~slots.state.running().any(-1)
-    leaving_E = jnp.where(idle_E & (slots.group >= 0), slots.group, Q)
-    of_ring = tuple((chunk,) for chunk in slots.ring)
-    leaving = segments_of(decode_cfg, slots.state, slots.first, of_ring)
-    done = _put(done, leaving_E, leaving, decode_cfg.rows)
-    entering_E = entered + jnp.cumsum(idle_E) - 1
-    entering_E = jnp.where(idle_E & (entering_E < wanted), entering_E, NO_GROUP).astype(jnp.int32)
-    slots = _admit(decode_cfg, prefix, groups, slots, entering_E, time)
-    slots = slots._replace(group=jnp.where(idle_E, entering_E, slots.group))
-    return slots, done, entered + (entering_E >= 0).sum()
+  def due(slots: _Slots, entered):
+    """[E] bool, slots that a group leaves or enters."""
+    return ~slots.state.running().any(-1) & ((slots.group >= 0) | (entered < wanted))
+
+  def refill(carry, time):
+    # Of as many slots as are waited for: to move rows costs by their number, whoever is in them.
+    slots, done, entered = carry
+    due_E = due(slots, entered)
+    slot_K = jnp.argsort(~due_E)[:idle_to_refill]
+    is_due_K = due_E[slot_K]
+    done = _leave(decode_cfg, slots, done, slot_K)
+    entering_K = entered + jnp.arange(idle_to_refill)
+    entering_K = jnp.where(is_due_K & (entering_K < wanted), entering_K, NO_GROUP)
+    slots = _admit(decode_cfg, prefix, groups, slots, slot_K, entering_K, time)
+    group = slots.group.at[jnp.where(is_due_K, slot_K, E)].set(entering_K, mode="drop")
+    return slots._replace(group=group), done, entered + (entering_K >= 0).sum()
 
   def round_(carry):
     slots, done, entered, time = carry
-    slots, done, entered = refill(slots, done, entered, time)
+    slots, done, entered = jax.lax.while_loop(
+      lambda carry: due(carry[0], carry[2]).any(),
+      lambda carry: refill(carry, time),
+      (slots, done, entered),
+    )
 
     def more(carry):
       running_E = carry[0].running().any(-1)
@@ -173,7 +182,7 @@ def _refilled(
 
   def unfinished(carry):
     slots, _, entered, _ = carry
-    return (entered < wanted) | (slots.group >= 0).any()
+    return due(slots, entered).any()
 
   zero = jnp.zeros((), jnp.int32)
   _, done, _, _ = jax.lax.while_loop(unfinished, round_, (slots, done, zero, zero))
@@ -182,29 +191,37 @@ def _refilled(
   return done._replace(tokens=unroll(done.tokens), logprobs=unroll(done.logprobs))
 
 
+def _leave(decode_cfg: DecodeConfig, slots: _Slots, done: Segments, slot_K) -> Segments:
+  """`done` with what the groups in the slots `slot_K` have drawn so far."""
+  group_K = slots.group[slot_K]
+  index_K = jnp.where(group_K >= 0, group_K, len(done.lengths))
+  of_ring = tuple((chunk,) for chunk in slots.ring)
+  drawn = segments_of(decode_cfg, slots.state, slots.first, of_ring)
+  return _put(done, index_K, drawn, decode_cfg.rows, slot_K)
+
+
 def _admit(
-  decode_cfg: DecodeConfig, prefix: Prefix, groups: Groups, slots: _Slots, entering_E, time
+  decode_cfg: DecodeConfig,
+  prefix: Prefix,
+  groups: Groups,
+  slots: _Slots,
+  slot_K,
+  entering_K,
+  time,
 ) -> _Slots:
-  """Puts the groups `entering_E` (NO_GROUP: none) into their slots at ring time `time`."""
-  enters_E = entering_E >= 0
-  entering = _take(groups, jnp.maximum(entering_E, 0))
+  """Puts the groups `entering_K` (NO_GROUP: none) into the slots `slot_K` at ring time `time`."""
+  into_K = jnp.where(entering_K >= 0, slot_K, len(slots.group))
+  entering = _take(groups, jnp.maximum(entering_K, 0))
   if groups.row is None:
-    entering = entering._replace(row=jnp.maximum(entering_E, 0))
-
-  def choose(new, old):
-    return jnp.where(enters_E.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
-
-  move = lambda pair: jax.tree.map(
-    lambda new, old: keep_rows_split(choose(new[entering.row], old), decode_cfg.rows), *pair
-  )
+    entering = entering._replace(row=jnp.maximum(entering_K, 0))
+  put = lambda new, old: keep_rows_split(old.at[into_K].set(new, mode="drop"), decode_cfg.rows)
+  move = lambda pair: jax.tree.map(lambda new, old: put(new[entering.row], old), *pair)
   cache = in_turn(move, list(zip(prefix.cache, slots.prefix.cache, strict=True)))
-  positions = choose(prefix.positions[entering.row], slots.prefix.positions)
-  slots = slots._replace(
-    first=choose(jnp.full_like(slots.first, time % decode_cfg.max_new_tokens), slots.first),
-    prefix=Prefix(positions, tuple(cache)),
-    state=jax.tree.map(choose, enter(decode_cfg, entering), slots.state),
+  return slots._replace(
+    first=put(jnp.full_like(slot_K, time % decode_cfg.max_new_tokens), slots.first),
+    prefix=Prefix(move((prefix.positions, slots.prefix.positions)), tuple(cache)),
+    state=jax.tree.map(put, enter(decode_cfg, entering), slots.state),
   )
-  return keep_rows_split(slots, decode_cfg.rows)
 
 
 def _wanted(groups: Groups) -> jax.Array:
@@ -227,15 +244,25 @@ def _rows_of(prefix: Prefix, groups: Groups, rows: NamedSharding | None) -> Pref
   return Prefix(move(prefix.positions), tuple(in_turn(move, prefix.cache)))
 
 
-def _put(done: Segments, index_E, new: Segments, rows: NamedSharding | None) -> Segments:
-  """`done` with the segments of some groups; those out of its range are dropped."""
+def _put(
+  done: Segments, index_K, new: Segments, rows: NamedSharding | None, slot_K=None
+) -> Segments:
+  """`done` with the segments of K groups; those out of its range are dropped.
 
-  Q = len(done.lengths)
+  Args:
+    done: of Q groups.
+    index_K: [K], which of the Q each of them is.
+    new: of K groups, or of any number of which `slot_K` [K] tells those that are put.
+    rows: how groups are split over a mesh.
+    slot_K: None: all of `new` are put.
+  """
+  Q, E = len(done.lengths), len(new.lengths)
 
   def put(pair):
-    store, new = pair  # the leading axis is Q, or Q * n
+    store, new = pair  # the leading axis is Q or Q * n, of the new ones E or E * n
     by_group = lambda x, groups: x.reshape(groups, -1, *x.shape[1:])
-    put_in = by_group(store, Q).at[index_E].set(by_group(new, len(index_E)), mode="drop")
+    new_K = by_group(new, E) if slot_K is None else by_group(new, E)[slot_K]
+    put_in = by_group(store, Q).at[index_K].set(new_K, mode="drop")
     return keep_rows_split(put_in.reshape(store.shape), rows)
 
   leaves, treedef = jax.tree.flatten(done)

@@ -214,7 +214,7 @@ def test_ends_and_limits(groups, segments):
   assert not np.asarray(segments.lengths)[~wanted].any()
 
 
-@pytest.mark.parametrize("slots, refill_share", [(2, 0.25), (3, 0.9), (3, 1.0)])
+@pytest.mark.parametrize("slots, refill_share", [(2, 0.25), (3, 0.5), (3, 1.0)])
 def test_refill_and_waves_change_nothing(
   params, prompts, prefix, groups, segments, slots, refill_share
 ):
