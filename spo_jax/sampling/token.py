@@ -28,11 +28,6 @@ class SamplingConfig:
     return self.top_k > 0 or self.top_p < 1
 
 
-def token_distribution(logits_BxV: jax.Array, temperature: float) -> jax.Array:
-  """log softmax(logits / temperature), float32: the log-probs that sampler and loss share."""
-  return jax.nn.log_softmax(logits_BxV.astype(jnp.float32) / (temperature or 1.0), axis=-1)
-
-
 def sample_token(
   keys_B: jax.Array, logits_BxV: jax.Array, sampling: SamplingConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,73 +41,101 @@ def sample_token(
       equally likely tokens the smaller id comes first.
 
   Returns:
-    (tokens [B] int32, log-probs [B] float32). The log-prob is under `token_distribution`, before
-    truncation by top-k and top-p: that is the distribution that the loss uses.
+    (tokens [B] int32, log-probs [B] float32). The log-prob is under softmax(logits / temperature),
+    before truncation by top-k and top-p: that is the distribution that the loss uses. At
+    temperature 0 it is under softmax(logits).
   """
   chex.assert_rank([keys_B, logits_BxV], [1, 2])
-  scaled_BxV = logits_BxV.astype(jnp.float32) / (sampling.temperature or 1.0)
-  blocks = _Blocks.of(scaled_BxV)
+  blocks = _Blocks.of(logits_BxV.astype(jnp.float32), sampling.temperature or 1.0)
   # What follows reads the masses of the blocks, not those of the tokens again.
   mass_BxJ = jax.lax.optimization_barrier(blocks.mass())
   whole_B = mass_BxJ.sum(-1)
   if sampling.temperature == 0:
-    tokens_B = blocks.likeliest()
+    drawn = blocks.likeliest()
   elif sampling.truncates:
-    tokens_B = _draw_truncated(keys_B, blocks, mass_BxJ, sampling)
+    drawn = _draw_truncated(keys_B, blocks, mass_BxJ, sampling)
   else:
-    tokens_B = blocks.draw(keys_B, mass_BxJ)
-  scaled_B = jnp.take_along_axis(scaled_BxV, tokens_B[:, None], axis=-1)[:, 0]
-  return tokens_B, scaled_B - blocks.peak_B - jnp.log(whole_B)
+    drawn = blocks.draw(keys_B, mass_BxJ)
+  return drawn.token_B, drawn.scaled_B - blocks.peak_B - jnp.log(whole_B)
+
+
+class _Token(NamedTuple):
+  """A token a row."""
+
+  token_B: jax.Array  # int32
+  scaled_B: jax.Array  # float32, its logit over the temperature
+
+  def comes_after(self, scaled: jax.Array, ids: jax.Array) -> jax.Array:
+    """[B, ...] whether it does, in the order of truncation, after each of these tokens: they are
+    likelier, or as likely and smaller."""
+    widen = lambda x: x.reshape(-1, *[1] * (scaled.ndim - 1))
+    limit = widen(self.scaled_B)
+    return (scaled > limit) | ((scaled == limit) & (ids < widen(self.token_B)))
 
 
 class _Blocks(NamedTuple):
-  """Rows of logits in J blocks of L: the inverse of a CDF finds a block, then a token in it."""
+  """Rows of logits in J blocks of L: the inverse of a CDF finds a block, then a token in it.
 
-  scaled_BxJxL: jax.Array  # float32, -inf behind the vocabulary
-  peak_B: jax.Array
+  The logits are as they came, and whoever reads them divides by the temperature: else the quotients
+  would be written, of all tokens, to be read again.
+  """
+
+  logits_BxJxL: jax.Array  # float32, -inf behind the vocabulary
+  temperature: float
+  peak_B: jax.Array  # the largest of a row, over the temperature
 
   @classmethod
-  def of(cls, scaled_BxV: jax.Array) -> "_Blocks":
-    B, V = scaled_BxV.shape
+  def of(cls, logits_BxV: jax.Array, temperature: float) -> "_Blocks":
+    B, V = logits_BxV.shape
     # A width that divides the vocabulary spares a copy of the logits with padding.
     exact = (width for width in range(MOST_LANES, LEAST_LANES - 1, -1) if V % width == 0)
     L = min(V, next(exact, MOST_LANES))
-    padded = jnp.pad(scaled_BxV, ((0, 0), (0, -V % L)), constant_values=-jnp.inf)
-    return cls(padded.reshape(B, -1, L), scaled_BxV.max(-1))
+    padded = jnp.pad(logits_BxV, ((0, 0), (0, -V % L)), constant_values=-jnp.inf)
+    return cls(padded.reshape(B, -1, L), temperature, logits_BxV.max(-1) / temperature)
+
+  def scaled(self) -> jax.Array:
+    """[B, J, L] logits over the temperature."""
+    return self.logits_BxJxL / self.temperature
 
   def ids(self) -> jax.Array:
     """[1, J, L] int32."""
-    _, J, L = self.scaled_BxJxL.shape
+    _, J, L = self.logits_BxJxL.shape
     return jnp.arange(J * L, dtype=jnp.int32).reshape(1, J, L)
 
   def mass(self, kept: jax.Array | bool = True) -> jax.Array:
     """[B, J] unnormalised mass of the kept tokens."""
-    mass = jnp.exp(self.scaled_BxJxL - self.peak_B[:, None, None])
+    mass = jnp.exp(self.scaled() - self.peak_B[:, None, None])
     return jnp.where(kept, mass, 0).sum(-1)
 
   def block(self, block_B: jax.Array) -> jax.Array:
-    """[B, L] logits of one block a row."""
-    return jnp.take_along_axis(self.scaled_BxJxL, block_B[:, None, None], axis=1)[:, 0]
+    """[B, L] logits of one block a row, over the temperature."""
+    block = jnp.take_along_axis(self.logits_BxJxL, block_B[:, None, None], axis=1)[:, 0]
+    return block / self.temperature
 
-  def draw(
-    self, keys_B: jax.Array, mass_BxJ: jax.Array, kept_in_block: "_Below | None" = None
-  ) -> jax.Array:
-    """[B] tokens, from the kept ones, whose blocks have these masses."""
+  def draw(self, keys_B: jax.Array, mass_BxJ: jax.Array, before: _Token | None = None) -> _Token:
+    """Draws from the tokens before one in the order of truncation; these are the masses of their
+    blocks."""
     uniform_Bx2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     block_B = _invert(mass_BxJ, uniform_Bx2[:, 0])
     scaled_BxL = self.block(block_B)
-    L = scaled_BxL.shape[-1]
     mass_BxL = jnp.exp(scaled_BxL - self.peak_B[:, None])
-    if kept_in_block is not None:
+    if before is not None:
+      L = scaled_BxL.shape[-1]
       ids_BxL = block_B[:, None] * L + jnp.arange(L)[None]
-      mass_BxL = jnp.where(kept_in_block.holds(scaled_BxL, ids_BxL), mass_BxL, 0)
-    return block_B * L + _invert(mass_BxL, uniform_Bx2[:, 1])
+      mass_BxL = jnp.where(before.comes_after(scaled_BxL, ids_BxL), mass_BxL, 0)
+    return _in_block(block_B, scaled_BxL, _invert(mass_BxL, uniform_Bx2[:, 1]))
 
-  def likeliest(self) -> jax.Array:
-    """[B] tokens."""
-    block_B = jnp.argmax(self.scaled_BxJxL.max(-1), axis=-1).astype(jnp.int32)
-    inside_B = jnp.argmax(self.block(block_B), axis=-1).astype(jnp.int32)
-    return block_B * self.scaled_BxJxL.shape[-1] + inside_B
+  def likeliest(self) -> _Token:
+    """The first of the likeliest tokens."""
+    block_B = jnp.argmax(self.logits_BxJxL.max(-1), axis=-1).astype(jnp.int32)
+    scaled_BxL = self.block(block_B)
+    return _in_block(block_B, scaled_BxL, jnp.argmax(scaled_BxL, axis=-1).astype(jnp.int32))
+
+
+def _in_block(block_B: jax.Array, scaled_BxL: jax.Array, inside_B: jax.Array) -> _Token:
+  """The tokens at these places of blocks."""
+  scaled_B = jnp.take_along_axis(scaled_BxL, inside_B[:, None], axis=-1)[:, 0]
+  return _Token(block_B * scaled_BxL.shape[-1] + inside_B, scaled_B)
 
 
 def _invert(mass_BxN: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -125,24 +148,10 @@ def _invert(mass_BxN: jax.Array, uniform_B: jax.Array) -> jax.Array:
   return jnp.argmax(above_BxN, axis=-1).astype(jnp.int32)
 
 
-class _Below(NamedTuple):
-  """Tokens that come before another in the order of truncation: likelier, or as likely and
-  smaller."""
-
-  scaled_B: jax.Array
-  token_B: jax.Array
-
-  def holds(self, scaled: jax.Array, ids: jax.Array) -> jax.Array:
-    """Whether tokens [B, ...] do."""
-    widen = lambda x: x.reshape(-1, *[1] * (scaled.ndim - 1))
-    limit = widen(self.scaled_B)
-    return (scaled > limit) | ((scaled == limit) & (ids < widen(self.token_B)))
-
-
 def _draw_truncated(
   keys_B: jax.Array, blocks: _Blocks, mass_BxJ: jax.Array, sampling: SamplingConfig
-) -> jax.Array:
-  """[B] tokens from the truncated distribution, by rejection.
+) -> _Token:
+  """Draws from the truncated distribution, by rejection.
 
   Tokens stand in order of their mass. One is drawn from all; if it is kept by the truncation, that
   is the draw. If not, neither is any behind it: the next is drawn from those before it. Each try
@@ -150,37 +159,32 @@ def _draw_truncated(
   """
   whole_B = mass_BxJ.sum(-1)
   if sampling.top_k:
-    ranked = jax.lax.top_k(
-      blocks.scaled_BxJxL.reshape(len(keys_B), -1),
-      min(sampling.top_k, blocks.scaled_BxJxL[0].size),
-    )[0]
-    whole_B = jnp.exp(ranked - blocks.peak_B[:, None]).sum(-1)
+    flat_BxV = blocks.logits_BxJxL.reshape(len(keys_B), -1)
+    ranked = jax.lax.top_k(flat_BxV, min(sampling.top_k, flat_BxV.shape[-1]))[0]
+    whole_B = jnp.exp(ranked / blocks.temperature - blocks.peak_B[:, None]).sum(-1)
 
   class Try(NamedTuple):
-    below: _Below  # those that are left
+    drawn: _Token  # those before it are left
     mass_BxJ: jax.Array  # of them
     accepted_B: jax.Array
     count: jax.Array
 
   def attempt(last: Try) -> Try:
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, last.count)
-    token_B = jnp.where(
-      last.accepted_B, last.below.token_B, blocks.draw(keys, last.mass_BxJ, last.below)
+    drawn = jax.tree.map(
+      lambda old, new: jnp.where(last.accepted_B, old, new),
+      last.drawn,
+      blocks.draw(keys, last.mass_BxJ, last.drawn),
     )
-    scaled_B = jnp.take_along_axis(
-      blocks.scaled_BxJxL.reshape(len(keys), -1), token_B[:, None], axis=-1
-    )[:, 0]
-    below = _Below(scaled_B, token_B)
-    before_BxJxL = below.holds(blocks.scaled_BxJxL, blocks.ids())
+    before_BxJxL = drawn.comes_after(blocks.scaled(), blocks.ids())
     before_BxJ = blocks.mass(before_BxJxL)
     # Not `<`: a row of NaN, as continuations that are done may have, must not go on forever.
     accepted_B = ~(before_BxJ.sum(-1) >= sampling.top_p * whole_B)
     if sampling.top_k:
       accepted_B &= before_BxJxL.sum((-2, -1)) < sampling.top_k
-    return Try(below, before_BxJ, accepted_B, last.count + 1)
+    return Try(drawn, before_BxJ, accepted_B, last.count + 1)
 
   rows = jnp.zeros_like(whole_B)
-  start = Try(
-    _Below(rows - jnp.inf, rows.astype(jnp.int32)), mass_BxJ, rows > 0, jnp.zeros((), jnp.int32)
-  )
-  return jax.lax.while_loop(lambda tried: ~tried.accepted_B.all(), attempt, start).below.token_B
+  last_of_all = _Token(rows.astype(jnp.int32), rows - jnp.inf)
+  start = Try(last_of_all, mass_BxJ, rows > 0, jnp.zeros((), jnp.int32))
+  return jax.lax.while_loop(lambda tried: ~tried.accepted_B.all(), attempt, start).drawn

@@ -62,6 +62,20 @@ def test_draws_from_many_blocks_follow_the_distribution(V):
   np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[tokens], rtol=1e-5, atol=1e-6)
 
 
+def test_a_block_with_tokens_that_are_left_out_is_drawn_no_less_often():
+  logits = np.full(2 * MOST_LANES, -np.inf, np.float32)
+  logits[[0, 1, 2, 3, MOST_LANES]] = np.log([0.3, 0.1, 0.1, 0.1, 0.4])
+  tokens, _ = draw(logits, SamplingConfig(top_p=0.65))
+  assert_drawn_from(np.bincount(tokens, minlength=len(logits)), truncated(logits, top_p=0.65))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
+def test_large_logits_at_a_low_temperature(options):
+  sampling = SamplingConfig(temperature=0.01, **options)
+  tokens, logprobs = draw(100 * LOGITS, sampling)
+  assert (tokens == LOGITS.argmax()).all() and np.abs(logprobs).max() < 1e-6
+
+
 def test_more_may_be_kept_than_there_are():
   tokens, _ = draw(LOGITS, SamplingConfig(top_k=100, top_p=0.9))
   assert_drawn_from(np.bincount(tokens, minlength=len(LOGITS)), truncated(LOGITS, top_p=0.9))
