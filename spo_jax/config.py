@@ -116,7 +116,8 @@ class RolloutConfig:
   top_k: int = 0  # 0 keeps all
   top_p: float = 1.0  # 1 keeps all
   slots: int = 1024  # most groups of continuations that are decoded at a time
-  refill_share: float = 0.25  # waiting groups enter when this share of the slots is idle; 1: all
+  # Waiting groups enter when this share of the slots is idle, so many at a time; 1: all.
+  refill_share: float = 0.25
   suffix_chunks: int = 2  # a step reads the chunks of the suffixes that have begun; each compiles
   prefill_chunk: int = 0  # tokens of each prompt that are prefilled at a time; 0: all
   ahead: bool = False  # sample the next forest during an update, by the policy before it
@@ -356,7 +357,8 @@ class EvaluationConfig:
   contexts: tuple[int, ...] = (2048, 4096)
   batch: int = 32  # prompts that are prefilled together; kept on disk when they are done
   slots: int = 32  # most prompts whose responses are decoded at a time
-  refill_share: float = 0.25  # waiting prompts enter when this share of the slots is idle; 1: all
+  # Waiting prompts enter when this share of the slots is idle, so many at a time; 1: all.
+  refill_share: float = 0.25
   suffix_chunks: int = 4  # a step reads the chunks of the responses that have begun; each compiles
   prefill_chunk: int = 0  # tokens of each prompt that are prefilled at a time; 0: all
   compilation_cache: str = "~/.cache/spo_jax"  # as in `Config`

@@ -27,7 +27,7 @@ class DecodeConfig:
 
   max_new_tokens: int  # S
   slots: int  # E, groups decoded at a time; more groups wait
-  refill_share: float  # waiting groups enter when this share of the slots is idle; 1: in waves
+  refill_share: float  # of the slots, which are idle when as many groups enter; 1: in waves
   suffix_chunks: int  # chunks that the suffix of a wave is written in, each a loop to compile
   stop_ids: tuple[int, ...]  # tokens that end a continuation
   sampling: SamplingConfig

@@ -47,6 +47,26 @@ def norms_of(block):
   return [x for name, x in block.items() if name.endswith("_norm")]
 
 
+def compiled_decode(mesh, cfg, *, rows, n, slots):
+  """(its config, parameters, text) of the compiled decode of `rows` groups of n."""
+  params = shard_params(cfg, mesh, tiny_params(cfg))
+  sampler = tiny_sampler(cfg.on(mesh), mesh=mesh, slots=slots)
+  prompts = tiny_prompts(rows)
+  prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
+  grid = np.ones((rows, n), np.int32)
+  keys = jax.random.split(jax.random.key(0), grid.shape)
+  groups = shard_rows(mesh, Groups(None, 3 * grid, 5 * grid, grid, keys))
+  decode_cfg = sampler.decode_config(5, keep_cache=False)
+  lowered = jit_decode.lower(sampler.cfg, decode_cfg, params, prefix, groups)
+  return decode_cfg, params, lowered.compile().as_text()
+
+
+def shapes_in(text):
+  """Shapes of float32 arrays in a program, without axes of one."""
+  shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"f32\[([\d,]+)\]", text)}
+  return {tuple(size for size in shape if size > 1) for shape in shapes}
+
+
 def held(x):
   """The shape of what one device has of an array."""
   return x.addressable_shards[0].data.shape
@@ -98,20 +118,9 @@ def test_a_step_sends_rows_and_no_summands():
   """Where fsdp splits the weights, decode has them split by what they give: no device holds logits
   or channels of all rows. Those of attention and norms are gathered once, for all chunks of the
   suffix."""
-  mesh = make_mesh(1, 8, 1)
-  cfg = tiny_config(layers=1, ffn=80, vocab_size=144)
-  params = shard_params(cfg, mesh, tiny_params(cfg))
-  rows, n = 8, 3
-  sampler = tiny_sampler(cfg.on(mesh), mesh=mesh)
-  prompts = tiny_prompts(rows)
-  prefix = sampler.prefill(params, prompts.tokens, prompts.lengths)
-  grid = np.ones((rows, n), np.int32)
-  keys = jax.random.split(jax.random.key(0), grid.shape)
-  groups = shard_rows(mesh, Groups(None, 3 * grid, 5 * grid, grid, keys))
-  decode_cfg = sampler.decode_config(5, keep_cache=False)
-  text = jit_decode.lower(sampler.cfg, decode_cfg, params, prefix, groups).compile().as_text()
-  shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"f32\[([\d,]+)\]", text)}
-  shapes = {tuple(size for size in shape if size > 1) for shape in shapes}
+  cfg, rows, n = tiny_config(layers=1, ffn=80, vocab_size=144), 8, 3
+  decode_cfg, params, text = compiled_decode(make_mesh(1, 8, 1), cfg, rows=rows, n=n, slots=64)
+  shapes = shapes_in(text)
   assert (rows * n, cfg.ffn // 8) in shapes and (rows * n, cfg.vocab_size // 8) in shapes
   assert (rows * n, cfg.ffn) not in shapes and (rows * n, cfg.vocab_size) not in shapes
   assert (n, cfg.vocab_size) in shapes  # each device draws for its own rows
@@ -122,6 +131,16 @@ def test_a_step_sends_rows_and_no_summands():
   scales = [norm["scale"] for norm in (params["final_norm"], *norms_of(params["block_0"]))]
   assert gathered.count == len(attention) + len(scales)
   assert gathered.received == sum(x.nbytes for x in (*attention, *scales)) * 7 / 8
+
+
+def test_a_refill_moves_the_caches_of_as_many_groups_as_it_waits_for():
+  """Four of sixteen slots, not all: each device has two slots, and three of the 24 prefixes."""
+  _, _, text = compiled_decode(make_mesh(8, 1, 1), CFG, rows=24, n=3, slots=16)
+  prompt = tiny_prompts(1).tokens.shape[1]
+  cache = lambda groups: (groups, CFG.kv_heads, CFG.head_dim, prompt)
+  shapes = shapes_in(text)
+  assert {cache(2), cache(3), cache(4)} <= shapes
+  assert cache(16) not in shapes and cache(24) not in shapes
 
 
 @pytest.mark.parametrize(("ffn", "held_ffn"), [(80, (16, 10)), (20, (2, 20))])
