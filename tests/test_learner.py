@@ -11,6 +11,7 @@ from configs import restem
 from spo_jax.config import Config
 from spo_jax.config_check import from_config_dict
 from spo_jax.forest import prune
+from spo_jax.infra.compilation import made_programs
 from spo_jax.infra.mesh import make_mesh
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.training import packing
@@ -73,7 +74,9 @@ def test_a_restart_trains_the_first_policy_anew(restart):
   learning.update(trained)
   first = host(learning.arrays())
   assert int(first.step) == 2
+  made = made_programs()
   learning.update(trained)
+  assert made_programs() == made
   assert same(host(learning.arrays()), first) == restart
   assert not same(first.params, tiny_params(MODEL))
 

@@ -66,9 +66,15 @@ def state_shardings(params, optimizer_cfg: OptimizerConfig) -> TrainState:
 
 def init_state(params, optimizer_cfg: OptimizerConfig) -> TrainState:
   """The state before the first update, where `state_shardings` puts it."""
-  lies = state_shardings(params, optimizer_cfg)
-  rest = jax.jit(lambda params: new_state(params, optimizer_cfg)[1:], out_shardings=lies[1:])
-  return TrainState(params, *rest(params))
+  leaves, treedef = jax.tree.flatten(state_shardings(params, optimizer_cfg)[1:])
+  return TrainState(params, *_jit_rest(optimizer_cfg, treedef, tuple(leaves))(params))
+
+
+@functools.cache
+def _jit_rest(optimizer_cfg: OptimizerConfig, treedef, shardings):
+  """One function for all states that lie alike: a run may begin anew at every iteration."""
+  lies = jax.tree.unflatten(treedef, shardings)
+  return jax.jit(lambda params: new_state(params, optimizer_cfg)[1:], out_shardings=lies)
 
 
 @functools.cache
