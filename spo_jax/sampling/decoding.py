@@ -139,29 +139,11 @@ def _refilled(
   )
   done = empty_segments(cfg, dataclasses.replace(decode_cfg, suffix_chunks=1), Q, n)
 
-  def due(slots: _Slots, entered):
-    """[E] bool, slots that a group leaves or enters."""
-    return ~slots.state.running().any(-1) & ((slots.group >= 0) | (entered < wanted))
-
-  def refill(carry, time):
-    # Of as many slots as are waited for: to move rows costs by their number, whoever is in them.
-    slots, done, entered = carry
-    due_E = due(slots, entered)
-    slot_K = jnp.argsort(~due_E)[:idle_to_refill]
-    is_due_K = due_E[slot_K]
-    done = _leave(decode_cfg, slots, done, slot_K)
-    entering_K = entered + jnp.arange(idle_to_refill)
-    entering_K = jnp.where(is_due_K & (entering_K < wanted), entering_K, NO_GROUP)
-    slots = _admit(decode_cfg, prefix, groups, slots, slot_K, entering_K, time)
-    group = slots.group.at[jnp.where(is_due_K, slot_K, E)].set(entering_K, mode="drop")
-    return slots._replace(group=group), done, entered + (entering_K >= 0).sum()
-
   def round_(carry):
     slots, done, entered, time = carry
-    slots, done, entered = jax.lax.while_loop(
-      lambda carry: due(carry[0], carry[2]).any(),
-      lambda carry: refill(carry, time),
-      (slots, done, entered),
+    slots, done = _leave(decode_cfg, idle_to_refill, slots, done)
+    slots, entered = _admit(
+      decode_cfg, idle_to_refill, prefix, groups, wanted, slots, entered, time
     )
 
     def more(carry):
@@ -182,7 +164,7 @@ def _refilled(
 
   def unfinished(carry):
     slots, _, entered, _ = carry
-    return due(slots, entered).any()
+    return (entered < wanted) | (slots.group >= 0).any()
 
   zero = jnp.zeros((), jnp.int32)
   _, done, _, _ = jax.lax.while_loop(unfinished, round_, (slots, done, zero, zero))
@@ -191,37 +173,78 @@ def _refilled(
   return done._replace(tokens=unroll(done.tokens), logprobs=unroll(done.logprobs))
 
 
-def _leave(decode_cfg: DecodeConfig, slots: _Slots, done: Segments, slot_K) -> Segments:
-  """`done` with what the groups in the slots `slot_K` have drawn so far."""
-  group_K = slots.group[slot_K]
-  index_K = jnp.where(group_K >= 0, group_K, len(done.lengths))
+# Rows of slots move K at a time, as many as are waited for: it costs by their number, whoever is in
+# them.
+def _first(which_E: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
+  """([K] slots, those of `which_E` before the others; [K] bool, whether they are of those)."""
+  slot_K = jnp.argsort(~which_E)[:K]
+  return slot_K, which_E[slot_K]
+
+
+def _leave(
+  decode_cfg: DecodeConfig, K: int, slots: _Slots, done: Segments
+) -> tuple[_Slots, Segments]:
+  """Puts what the groups that are done have drawn into `done`, and frees their slots."""
+  E, Q = len(slots.group), len(done.lengths)
+  idle_E = ~slots.state.running().any(-1)
   of_ring = tuple((chunk,) for chunk in slots.ring)
   drawn = segments_of(decode_cfg, slots.state, slots.first, of_ring)
-  return _put(done, index_K, drawn, decode_cfg.rows, slot_K)
+  leaving = lambda group_E: idle_E & (group_E >= 0)
+
+  def leave(carry):
+    group_E, done = carry
+    slot_K, leaves_K = _first(leaving(group_E), K)
+    index_K = jnp.where(leaves_K, group_E[slot_K], Q)
+    group_E = group_E.at[jnp.where(leaves_K, slot_K, E)].set(NO_GROUP, mode="drop")
+    return group_E, _put(done, index_K, drawn, decode_cfg.rows, slot_K)
+
+  group_E, done = jax.lax.while_loop(
+    lambda carry: leaving(carry[0]).any(), leave, (slots.group, done)
+  )
+  return slots._replace(group=group_E), done
 
 
 def _admit(
   decode_cfg: DecodeConfig,
+  K: int,
   prefix: Prefix,
   groups: Groups,
+  wanted: jax.Array,
   slots: _Slots,
-  slot_K,
-  entering_K,
-  time,
-) -> _Slots:
-  """Puts the groups `entering_K` (NO_GROUP: none) into the slots `slot_K` at ring time `time`."""
-  into_K = jnp.where(entering_K >= 0, slot_K, len(slots.group))
-  entering = _take(groups, jnp.maximum(entering_K, 0))
-  if groups.row is None:
-    entering = entering._replace(row=jnp.maximum(entering_K, 0))
-  put = lambda new, old: keep_rows_split(old.at[into_K].set(new, mode="drop"), decode_cfg.rows)
-  move = lambda pair: jax.tree.map(lambda new, old: put(new[entering.row], old), *pair)
-  cache = in_turn(move, list(zip(prefix.cache, slots.prefix.cache, strict=True)))
-  return slots._replace(
-    first=put(jnp.full_like(slot_K, time % decode_cfg.max_new_tokens), slots.first),
-    prefix=Prefix(move((prefix.positions, slots.prefix.positions)), tuple(cache)),
-    state=jax.tree.map(put, enter(decode_cfg, entering), slots.state),
-  )
+  entered: jax.Array,
+  time: jax.Array,
+) -> tuple[_Slots, jax.Array]:
+  """Puts the groups that wait, of the first `wanted`, into free slots at a time of the ring.
+
+  Returns:
+    (slots, how many groups have entered by now).
+  """
+  E, rows = len(slots.group), decode_cfg.rows
+  free = lambda slots, entered: (slots.group < 0) & (entered < wanted)
+
+  def admit(carry):
+    slots, entered = carry
+    slot_K, is_free_K = _first(free(slots, entered), K)
+    index_K = entered + jnp.arange(K)
+    enters_K = is_free_K & (index_K < wanted)
+    index_K = jnp.where(enters_K, index_K, 0)
+    into_K = jnp.where(enters_K, slot_K, E)
+    entering = _take(groups, index_K)
+    if groups.row is None:
+      entering = entering._replace(row=index_K)
+    put = lambda new, old: keep_rows_split(old.at[into_K].set(new, mode="drop"), rows)
+    move = lambda pair: jax.tree.map(lambda new, old: put(new[entering.row], old), *pair)
+    cache = in_turn(move, list(zip(prefix.cache, slots.prefix.cache, strict=True)))
+    slots = _Slots(
+      group=put(index_K, slots.group),
+      first=put(jnp.full_like(slot_K, time % decode_cfg.max_new_tokens), slots.first),
+      prefix=Prefix(move((prefix.positions, slots.prefix.positions)), tuple(cache)),
+      state=jax.tree.map(put, enter(decode_cfg, entering), slots.state),
+      ring=slots.ring,
+    )
+    return slots, entered + enters_K.sum()
+
+  return jax.lax.while_loop(lambda carry: free(*carry).any(), admit, (slots, entered))
 
 
 def _wanted(groups: Groups) -> jax.Array:

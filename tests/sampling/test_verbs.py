@@ -224,6 +224,18 @@ def test_refill_and_waves_change_nothing(
   assert (np.asarray(refilled.first)[:-1] > 0).any() == (refill_share < 1)
 
 
+def test_a_refill_leaves_the_groups_alone_that_run(params, prefix, groups):
+  """After three steps slots 1 to 3 are refilled two at a time; slot 0 has group 4, a long one."""
+  steps = np.array([1, 1, 3, 3, S, 1, 2, 2, 2, 2], np.int32)
+  many = jax.tree.map(lambda x: x[np.arange(len(steps)) % (Q - 1)], groups)
+  many = many._replace(limits=np.tile(steps[:, None], (1, N)))
+  endless = lambda **options: dataclasses.replace(sampler(**options), stop_ids=(VOCAB,))
+  draw = lambda sampler: sampler.decode(params, prefix, many, max_new_tokens=S, keep_cache=True)
+  refilled = draw(endless(slots=4, refill_share=0.5))
+  np.testing.assert_array_equal(refilled.first, [0, 0, 0, 0, 1, 1, 3, 3, 3, 5])
+  assert_same_segments(refilled, draw(endless()))
+
+
 def counted(monkeypatch, name):
   """A list that grows by one whenever the compiled `decoding` function of this name runs."""
   runs = []
