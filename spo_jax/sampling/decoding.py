@@ -5,7 +5,7 @@ of a wave begin together: their suffix is written chunk by chunk, and a step rea
 have begun, not those to come. Else a group that is done leaves and a waiting one enters: the suffix
 is one ring of slots then, since groups are of all ages.
 
-Axis letters, beside those of `verbs`: E groups being decoded, K slots refilled at a time.
+Axis letters, beside those of `verbs`: E groups being decoded, F slots refilled at a time.
 """
 
 import dataclasses
@@ -95,8 +95,6 @@ def _in_waves(
     number, done = carry
     index_E = number * E + jnp.arange(E)
     entering = _take(groups, jnp.minimum(index_E, Q - 1))
-    if groups.row is None:
-      entering = entering._replace(row=jnp.minimum(index_E, Q - 1))
     rows = _rows_of(prefix, entering, decode_cfg.rows)
     segments = _wave(cfg, decode_cfg, params, rows, entering)
     return number + 1, _put(done, index_E, segments, decode_cfg.rows)
@@ -173,16 +171,16 @@ def _refilled(
   return done._replace(tokens=unroll(done.tokens), logprobs=unroll(done.logprobs))
 
 
-# Rows of slots move K at a time, as many as are waited for: it costs by their number, whoever is in
+# Rows of slots move F at a time, as many as are waited for: it costs by their number, whoever is in
 # them.
-def _first(which_E: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
-  """([K] slots, those of `which_E` before the others; [K] bool, whether they are of those)."""
-  slot_K = jnp.argsort(~which_E)[:K]
-  return slot_K, which_E[slot_K]
+def _first(which_E: jax.Array, F: int) -> tuple[jax.Array, jax.Array]:
+  """([F] slots, those of `which_E` before the others; [F] bool, whether they are of those)."""
+  slot_F = jnp.argsort(~which_E)[:F]
+  return slot_F, which_E[slot_F]
 
 
 def _leave(
-  decode_cfg: DecodeConfig, K: int, slots: _Slots, done: Segments
+  decode_cfg: DecodeConfig, F: int, slots: _Slots, done: Segments
 ) -> tuple[_Slots, Segments]:
   """Puts what the groups that are done have drawn into `done`, and frees their slots."""
   E, Q = len(slots.group), len(done.lengths)
@@ -193,10 +191,10 @@ def _leave(
 
   def leave(carry):
     group_E, done = carry
-    slot_K, leaves_K = _first(leaving(group_E), K)
-    index_K = jnp.where(leaves_K, group_E[slot_K], Q)
-    group_E = group_E.at[jnp.where(leaves_K, slot_K, E)].set(NO_GROUP, mode="drop")
-    return group_E, _put(done, index_K, drawn, decode_cfg.rows, slot_K)
+    slot_F, leaves_F = _first(leaving(group_E), F)
+    index_F = jnp.where(leaves_F, group_E[slot_F], Q)
+    group_E = group_E.at[jnp.where(leaves_F, slot_F, E)].set(NO_GROUP, mode="drop")
+    return group_E, _put(done, index_F, drawn, decode_cfg.rows, slot_F)
 
   group_E, done = jax.lax.while_loop(
     lambda carry: leaving(carry[0]).any(), leave, (slots.group, done)
@@ -206,7 +204,7 @@ def _leave(
 
 def _admit(
   decode_cfg: DecodeConfig,
-  K: int,
+  F: int,
   prefix: Prefix,
   groups: Groups,
   wanted: jax.Array,
@@ -224,25 +222,23 @@ def _admit(
 
   def admit(carry):
     slots, entered = carry
-    slot_K, is_free_K = _first(free(slots, entered), K)
-    index_K = entered + jnp.arange(K)
-    enters_K = is_free_K & (index_K < wanted)
-    index_K = jnp.where(enters_K, index_K, 0)
-    into_K = jnp.where(enters_K, slot_K, E)
-    entering = _take(groups, index_K)
-    if groups.row is None:
-      entering = entering._replace(row=index_K)
-    put = lambda new, old: keep_rows_split(old.at[into_K].set(new, mode="drop"), rows)
+    slot_F, is_free_F = _first(free(slots, entered), F)
+    index_F = entered + jnp.arange(F)
+    enters_F = is_free_F & (index_F < wanted)
+    index_F = jnp.where(enters_F, index_F, 0)
+    into_F = jnp.where(enters_F, slot_F, E)
+    entering = _take(groups, index_F)
+    put = lambda new, old: keep_rows_split(old.at[into_F].set(new, mode="drop"), rows)
     move = lambda pair: jax.tree.map(lambda new, old: put(new[entering.row], old), *pair)
     cache = in_turn(move, list(zip(prefix.cache, slots.prefix.cache, strict=True)))
     slots = _Slots(
-      group=put(index_K, slots.group),
-      first=put(jnp.full_like(slot_K, time % decode_cfg.max_new_tokens), slots.first),
+      group=put(index_F, slots.group),
+      first=put(jnp.full_like(slot_F, time % decode_cfg.max_new_tokens), slots.first),
       prefix=Prefix(move((prefix.positions, slots.prefix.positions)), tuple(cache)),
       state=jax.tree.map(put, enter(decode_cfg, entering), slots.state),
       ring=slots.ring,
     )
-    return slots, entered + enters_K.sum()
+    return slots, entered + enters_F.sum()
 
   return jax.lax.while_loop(lambda carry: free(*carry).any(), admit, (slots, entered))
 
@@ -254,8 +250,9 @@ def _wanted(groups: Groups) -> jax.Array:
 
 
 def _take(groups: Groups, index_E: jax.Array) -> Groups:
-  """Some of the groups."""
-  return jax.tree.map(lambda x: x[index_E], groups)
+  """Some of the groups, each with the row of its prefix."""
+  taken = jax.tree.map(lambda x: x[index_E], groups)
+  return taken._replace(row=index_E) if groups.row is None else taken
 
 
 def _rows_of(prefix: Prefix, groups: Groups, rows: NamedSharding | None) -> Prefix:
@@ -268,24 +265,24 @@ def _rows_of(prefix: Prefix, groups: Groups, rows: NamedSharding | None) -> Pref
 
 
 def _put(
-  done: Segments, index_K, new: Segments, rows: NamedSharding | None, slot_K=None
+  done: Segments, index_F, new: Segments, rows: NamedSharding | None, slot_F=None
 ) -> Segments:
-  """`done` with the segments of K groups; those out of its range are dropped.
+  """`done` with the segments of F groups; those out of its range are dropped.
 
   Args:
     done: of Q groups.
-    index_K: [K], which of the Q each of them is.
-    new: of K groups, or of any number of which `slot_K` [K] tells those that are put.
+    index_F: [F], which of the Q each of them is.
+    new: of F groups, or of any number of which `slot_F` [F] tells those that are put.
     rows: how groups are split over a mesh.
-    slot_K: None: all of `new` are put.
+    slot_F: None: all of `new` are put.
   """
   Q, E = len(done.lengths), len(new.lengths)
 
   def put(pair):
     store, new = pair  # the leading axis is Q or Q * n, of the new ones E or E * n
     by_group = lambda x, groups: x.reshape(groups, -1, *x.shape[1:])
-    new_K = by_group(new, E) if slot_K is None else by_group(new, E)[slot_K]
-    put_in = by_group(store, Q).at[index_K].set(new_K, mode="drop")
+    new_F = by_group(new, E) if slot_F is None else by_group(new, E)[slot_F]
+    put_in = by_group(store, Q).at[index_F].set(new_F, mode="drop")
     return keep_rows_split(put_in.reshape(store.shape), rows)
 
   leaves, treedef = jax.tree.flatten(done)
