@@ -217,7 +217,9 @@ class PackingConfig:
   row_length: int = 288  # tokens of a packed row
   rows: int = 8  # rows of a micro-batch
   query_block: int = 32  # queries of an attention block; divides row_length
-  key_block: int = 16  # keys of an attention block; divides query_block
+  # Keys of an attention block; divides query_block. The keys listed for queries are as many whole
+  # blocks as each segment above them can touch: with short segments, small blocks are few keys.
+  key_block: int = 4
   logprob_chunk: int = 288  # tokens a row that are unembedded at a time
   # Places of a row for tokens that the loss reads, with the probability mask; 0: as many as tokens.
   loss_length: int = 0
