@@ -3,7 +3,7 @@ bottom-up; A(segment) = V(end) - V(start); the loss sees the tokens that the sam
 probability below 0.9.
 
 The default is the embedded task, five-step arithmetic with a chain of thought: many small trees,
-and a baseline from all of them together in place of V(start). It needs nothing but a CPU: four to
+and a baseline from all of them together in place of V(start). It needs nothing but a CPU: two to
 five minutes on two cores, warm start included (`benchmarks/RESULTS.md`). The paper's experiments,
 and what they need, are in `experiments.py`.
 
