@@ -4,6 +4,7 @@ import functools
 import itertools
 
 from spo_jax.algorithms.kl_control import ERROR_BOUND
+from spo_jax.algorithms.voting import MOST_SAMPLES
 from spo_jax.config import (
   EMBEDDED,
   Config,
@@ -136,6 +137,10 @@ def check_evaluation(config: EvaluationConfig) -> None:
   """
   _need(config.model != "", "config.model names no model: give a folder or a hub id")
   _check_positive(config, _EVALUATION_POSITIVE)
+  _need(
+    config.samples <= MOST_SAMPLES,
+    f"config.samples is {config.samples}, a majority vote takes at most {MOST_SAMPLES}",
+  )
   _check_choices(config, {n: c for n, c in _CHOICES.items() if n.startswith("compute.")})
   _check_data(config.data)
   _check_top(config)

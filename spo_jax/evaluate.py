@@ -22,6 +22,7 @@ from spo_jax import command_line, rewards
 from spo_jax.config import EvaluationConfig
 from spo_jax.config_check import from_config_dict
 from spo_jax.config_rules import check_mesh
+from spo_jax.errors import UserError
 from spo_jax.evaluation import respond
 from spo_jax.forest import Forest
 from spo_jax.infra import hosts
@@ -63,7 +64,8 @@ def evaluate_model(
     The summary, as `summary.json` has it; see `scores.py`.
 
   Raises:
-    UserError: if model, data or mesh do not fit each other.
+    UserError: if model, data or mesh do not fit each other, or the workdir holds responses to
+      other problems.
   """
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
   check_mesh(config, row_shards(mesh))
@@ -92,6 +94,8 @@ def evaluate_model(
     path = workdir / RESPONSES_FILE
     cut = lambda: read_whole_batches(path, config.batch, len(records))
     done = hosts.of_first(cut() if hosts.is_first() else 0)
+    if done:
+      _check_same_problems(path, records)
     if done < len(records):
       if done:
         progress.note(f"resumed after {done} of {len(records)} problems")
@@ -116,7 +120,7 @@ def evaluate_model(
             os.fsync(file.fileno())
           advance(len(lines))
   hosts.meet("all problems are answered")
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  lines = _read_lines(path)
   summary = {"model": config.model, "data": config.data.name, "split": config.split}
   summary |= scores(lines, config.contexts)
   if hosts.is_first():
@@ -138,6 +142,24 @@ def read_whole_batches(path: pathlib.Path, batch: int, problems: int) -> int:
   unfinished.write_bytes(b"".join(line + b"\n" for line in kept[:whole]))
   os.replace(unfinished, path)
   return whole
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  # Not splitlines: it also breaks at characters that JSON allows inside a text, such as U+2028.
+  return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _check_same_problems(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
+  lines = _read_lines(path)
+  same = len(lines) <= len(records) and all(
+    (line["question"], line["answer"]) == (record["question"], record["answer"])
+    for line, record in zip(lines, records, strict=False)
+  )
+  if not same:
+    raise UserError(
+      f"'{path}' answers other problems than config.data holds now: give another --workdir, or "
+      "bring the data back"
+    )
 
 
 def _answer(

@@ -118,6 +118,23 @@ def test_what_was_interrupted_ends_as_what_was_not(evaluated, exported, tmp_path
   assert (tmp_path / RESPONSES_FILE).read_bytes() == b"".join(lines)
 
 
+def test_line_separators_within_a_text_end_no_line(evaluated, exported, tmp_path):
+  lines = read(evaluated[0])
+  lines[0]["responses"][0]["text"] += "\u2028 \x85"
+  written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  (tmp_path / RESPONSES_FILE).write_text(written)
+  assert run_evaluation(evaluation(exported), tmp_path) == evaluated[1]
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_responses_to_other_problems_are_not_taken_up(evaluated, exported, tmp_path, field):
+  lines = read(evaluated[0])
+  lines[1][field] += " "
+  (tmp_path / RESPONSES_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+  with pytest.raises(UserError, match="answers other problems than config.data holds now"):
+    run_evaluation(evaluation(exported), tmp_path)
+
+
 def test_a_batch_that_was_not_finished_is_done_again_whole(tmp_path):
   path = tmp_path / RESPONSES_FILE
   assert read_whole_batches(path, 4, 10) == 0
@@ -169,6 +186,7 @@ def test_mistakes_are_named(exported, tmp_path):
     ({"temperature": 0.0, "samples": 2}, "greedy responses"),
     ({"temperature": -1.0}, "must be 0"),
     ({"samples": 0}, "config.samples is 0"),
+    ({"samples": 1025}, "a majority vote takes at most 1024"),
     ({"top_p": 0.0}, "config.top_p is 0.0"),
   ],
 )

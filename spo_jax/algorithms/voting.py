@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MOST_SAMPLES = 1024  # of a problem: the ways to draw half of more are beyond float64
+
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
   """Probability that at least one of k samples is right: 1 - C(n - c, k) / C(n, k).
@@ -39,11 +41,11 @@ def majority_at_k(votes: Sequence[str | None], correct: Sequence[bool], k: int) 
     k: draws without replacement, at most n.
 
   Raises:
-    ValueError: if k is not in 1..n.
+    ValueError: if k is not in 1..n, or n above `MOST_SAMPLES`.
   """
   n = len(votes)
-  if not 1 <= k <= n:
-    raise ValueError(f"maj@{k} of {n} samples: k must be in 1..n")
+  if not 1 <= k <= n <= MOST_SAMPLES:
+    raise ValueError(f"maj@{k} of {n} samples: k must be in 1..n, n at most {MOST_SAMPLES}")
   right = sum(correct)
   wrong: dict[str, int] = {}
   abstaining = 0

@@ -31,14 +31,19 @@ class Row:
     """A field that may be missing or null: "" then.
 
     Raises:
-      UserError: if it is neither text nor number.
+      UserError: if it is neither text nor number, or no valid Unicode.
     """
     value = self._fields.get(name)
     if value is None:
       return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
       raise self.error(f"holds {type(value).__name__} in field '{name}', not text or a number")
-    return str(value)
+    text = str(value)
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise self.error(f"holds half of a surrogate pair in field '{name}'") from error
+    return text
 
   def error(self, what: str) -> UserError:
     """The mistake with its place."""

@@ -186,11 +186,13 @@ def _by_hash(problems: Sequence[Problem]) -> list[Problem]:
 def _hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list[Problem]]:
   """(the first `share` of the problems, the others); a question is never on both sides.
 
-  At least one problem is held out, and at least one is not; a single problem is not held out.
+  At least one question is held out, and at least one is not; a single question is not held out.
   """
-  count = min(max(1, round(len(problems) * share)), len(problems) - 1)
-  while 0 < count and problems[count - 1].question == problems[count].question:
-    count -= 1
+  count = max(1, round(len(problems) * share))
+  cuts = [
+    i for i in range(1, len(problems)) if problems[i - 1].question != problems[i].question
+  ] or [0]
+  count = max([cut for cut in cuts if cut <= count], default=cuts[0])
   return problems[:count], problems[count:]
 
 

@@ -57,6 +57,7 @@ class Child:
 def _serve(connection: Connection, grader: registry.Grader, timeout_s: float, memory_mb: int):
   """Grades until the connection closes."""
   os.setpgid(0, 0)
+  own = os.getpid()
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
   limit = memory_mb * 2**20
@@ -70,6 +71,8 @@ def _serve(connection: Connection, grader: registry.Grader, timeout_s: float, me
       # The keeper kills in time; the kernel does it if the keeper is gone.
       signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
       outcome = registry.attempt(grader, response, answer)
+      if os.getpid() != own:
+        return  # A fork that the grader made: its reply would be taken for the next response's.
       signal.setitimer(signal.ITIMER_REAL, 0)
       connection.send_bytes(json.dumps(outcome).encode())
 

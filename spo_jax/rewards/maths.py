@@ -17,30 +17,32 @@ from spo_jax.rewards import numbers
 from spo_jax.rewards.boxed import SEARCHED, Box, boxed
 
 MAX_ANSWER_LENGTH = 1000  # characters; the longest reference answer of MATH has 159
+DECIMALS = 10  # that decimal fractions are compared by: 0.333333 is not 1/3
 
 _HEADING = re.compile(r"# Answer\b")
 _STATED = re.compile(r"(?:he|final) answer is:?")
-_HOPE = re.compile(r"\. I hope")
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"\(?[A-Za-z]+\)?(?:[ ,]+\(?[A-Za-z]+\)?)*")
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|and|or)*")
 _SIMPLE = re.compile(r"[^A-Za-z]*(?:\s(?:hundred|thousand|million|billion|trillion))?")
-# A unit at the end: any in \text, or one of these words after a space.
+# A unit at the end: any words in \text, or one of these after a space.
 _UNIT = re.compile(
-  r"(?:(?<=[0-9})])\s*\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{[^{}]*\}"
+  r"(?:(?<=[0-9})])\s*\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{[^{}0-9]*\}"
   r"|(?<=[0-9}])\s+(?:[ckm]?m|[mk]?g|ml|ft|mph|inch|inches|foot|feet"
   r"|(?:met(?:er|re)|mile|yard|pound|degree|dollar|cent|second|minute|hour|day|week|month|year"
   r"|unit)s?))(?:\^\{?[23]\}?)?\.?$"
 )
+_BASE = re.compile(r"(?<=[0-9])_\{?([0-9]+)")  # math-verify drops it
 # What LaTeX writes for looks alone, and how plain text would say the same.
 _PLAIN = [
   (re.compile(pattern), plain)
   for pattern, plain in (
-    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!\s*|(?<!\\)\$", ""),
+    (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!\s*|(?<!\\)(?:\$|\\[\[\]()])", ""),
     (r"\{,\}", ","),
     (r"(?<=[0-9])\.0+(?![0-9])", ""),
-    (r"\\[,;: ]|~|\s+", " "),
+    (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))", ""),
+    (r"(?<!\\)\\[,;: ]|~|\s+", " "),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°", ""),
   )
@@ -93,7 +95,7 @@ def extract_answer(response: str) -> str | None:
     return response
   *before, stated = _STATED.split(response)
   if before:
-    return _HOPE.split(stated.strip().partition("\n")[0])[0]
+    return numbers.HOPE.split(stated.strip().partition("\n")[0])[0]
   return numbers.last_number(response)
 
 
@@ -120,7 +122,8 @@ def _last_boxes(response: str, boxes: Sequence[Box]) -> str | None:
 def answers_equal(given: str, reference: str) -> bool:
   """Whether two answers in LaTeX are the same, as texts, as numbers or to sympy.
 
-  Units and degree signs are dropped. 50 % equals both 50 and 0.5. Lists are unordered, tuples are
+  Units and degree signs are dropped. 50 % equals both 50 and 0.5. A number without its base equals
+  one with it; of two bases both must be the same. Lists are unordered, tuples are
   ordered, and intervals of different brackets differ. Words differ as texts, but for their case.
   """
   if max(len(given), len(reference)) > MAX_ANSWER_LENGTH:
@@ -136,14 +139,19 @@ def answers_equal(given: str, reference: str) -> bool:
   words = [_words(given), _words(reference)]
   if None not in words and words[0] == words[1]:
     return True
-  return math_verify.verify(_parse(reference), _parse(given), timeout_seconds=None)
+  bases = [_BASE.findall(text) for text in (given, reference)]
+  if all(bases) and bases[0] != bases[1]:
+    return False
+  return math_verify.verify(
+    _parse(reference), _parse(given), float_rounding=DECIMALS, timeout_seconds=None
+  )
 
 
 def _plain(latex: str) -> str:
   """An answer without what is there for looks."""
   for pattern, plain in _PLAIN:
     latex = pattern.sub(plain, latex)
-  latex = latex.strip().removesuffix(".").strip()
+  latex = latex.strip(" *").removesuffix(".").strip(" *")  # Markdown's bold
   number = _UNIT.sub("", latex)
   return number if re.search("[0-9]", number) else latex
 

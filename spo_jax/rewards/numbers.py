@@ -6,6 +6,8 @@ import re
 MAX_ANSWER_LENGTH = 100  # Characters after the marker; what is longer is no number.
 LAST_NUMBER_SEARCHED = 10_000  # Characters from the end of a text without a marker.
 
+HOPE = re.compile(r"\. I hope")  # What prompts ask to write behind an answer; it ends there.
+
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"  # Commas separate thousands: 2,3 is two numbers.
 _POWER = r"(?:[eE][+-]?[0-9]{1,3})?"
 _NUMBER = rf"{_WHOLE}(?:\.[0-9]*)?{_POWER}|\.[0-9]+{_POWER}"
@@ -19,7 +21,9 @@ _ANSWER = re.compile(
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # A minus after a digit, a letter or a bracket is a subtraction.
-_LAST_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-−])?(?:{_NUMBER})(?:/(?:{_NUMBER}))?", re.ASCII)
+_LAST_NUMBER = re.compile(
+  rf"(?:(?<![\w)\]}}])[-−]{_CURRENCY})?(?:{_NUMBER})(?:/(?:{_NUMBER}))?", re.ASCII
+)
 
 
 def extract_answer(response: str) -> str | None:
@@ -32,9 +36,9 @@ def extract_answer(response: str) -> str | None:
     response: What the model wrote, without its prompt.
 
   Returns:
-    The text after the marker without surrounding blanks. None if it is empty, if there is no
-    marker, or if there are two or more: a response that could list several answers and be graded
-    on one of them would be rewarded for not deciding.
+    The text after the marker without surrounding blanks, up to `. I hope it is correct` if that
+    follows. None if it is empty, if there is no marker, or if there are two or more: a response
+    that could list several answers and be graded on one of them would be rewarded for not deciding.
   """
   for marker in (r"#{4,}", r"#+"):
     matches = re.finditer(marker, response)
@@ -43,7 +47,7 @@ def extract_answer(response: str) -> str | None:
       continue
     if next(matches, None) is not None:
       return None
-    return response[match.end() :].strip() or None
+    return HOPE.split(response[match.end() :])[0].strip() or None
   return None
 
 
@@ -107,13 +111,16 @@ def _parse(text: str) -> fractions.Fraction | None:
   match = _ANSWER.fullmatch(text)
   if match is None:
     return None
+  unit = match["unit"] or ""
+  if unit and not unit.replace(" ", "").isalpha():  # 5½ and 5² are no 5
+    return None
   value = _value(match["top"])
   if match["bottom"] is not None:
     bottom = _value(match["bottom"])
     if bottom == 0:
       return None
     value /= bottom
-  scale = _SCALES.get((match["unit"] or "").partition(" ")[0].lower(), 0)
+  scale = _SCALES.get(unit.partition(" ")[0].lower(), 0)
   value *= 10**scale
   return -value if match["sign"] in ("-", "−") else value
 

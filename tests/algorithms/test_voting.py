@@ -65,3 +65,5 @@ def test_what_cannot_be_drawn_is_refused():
     pass_at_k(4, 5, 2)
   with pytest.raises(ValueError, match="1..n"):
     majority_at_k(["a"], [True], 2)
+  with pytest.raises(ValueError, match="n at most 1024"):
+    majority_at_k(["a"] * 1025, [True] * 1025, 512)

@@ -42,6 +42,9 @@ def misbehave(response: str, answer: str) -> float:
     case "patricide":
       os.kill(os.getppid(), signal.SIGKILL)
       time.sleep(1000)
+    case "fork":
+      os.fork()
+      return 1.0
     case "print":
       print("x" * 10**6)
       print("y" * 10**6, file=sys.stderr)

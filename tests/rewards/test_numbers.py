@@ -63,6 +63,7 @@ def test_reads_reference_answers_of_gsm8k():
     ("# Solution\n## Step\n#### 42 ", "42"),
     ("#### 1\n#####2", None),
     ("#\n 7\nand more", "7\nand more"),
+    ("The final answer is: #### 1.5. I hope it is correct", "1.5"),
   ],
 )
 def test_extract_answer(response, expected):
@@ -126,6 +127,8 @@ def test_equal(a, b):
     ("inf", "inf"),
     ("٤٢", "42"),
     ("²", "2"),
+    ("5²", "5"),
+    ("5½", "5"),
     ("1_000", "1000"),
     ("0x10", "16"),
     ("--7", "7"),
@@ -197,6 +200,7 @@ def test_failing_grader_costs_only_its_response():
     ("from -3 to −5", "−5"),
     ("10-4", "4"),
     ("x-4 (y)-5", "5"),
+    ("a loss of -$4", "-$4"),
     ("1,234 and 12,34", "34"),
     ("3/4 of it", "3/4"),
     (".5 or 1e-3", "1e-3"),

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import time
@@ -58,6 +59,14 @@ def test_hostile_responses_cost_their_own_rewards_only(hostile_pool):
   # "patricide" also waits for a new keeper, which imports what the first one imported.
   stalls = sum(keeper.TIMED_OUT in failure for failure in FAILURES.values())
   assert elapsed < (-(-stalls // WORKERS) + 1) * TIMEOUT_S + SLACK_S
+
+
+def test_a_fork_of_a_grader_answers_for_nobody():
+  made = pool.GraderPool(HOSTILE, workers=1, timeout_s=TIMEOUT_S, memory_mb=512)
+  with contextlib.closing(made):
+    responses = ["fork", "bad", "good", "bad", "bad", "good"]
+    outcomes = made.grade(responses, ["answer"] * len(responses))
+  assert [outcome.reward for outcome in outcomes] == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
 
 
 def test_failures_are_counted_and_logged(hostile_pool):
