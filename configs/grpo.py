@@ -47,6 +47,7 @@ def embedded(config, task: Embedded) -> None:
 def paper(config, experiment: Experiment) -> None:
   """GRPO as the paper's baseline."""
   apply(config, experiment)
+  config.advantage.train_zero = True  # as in the reference, groups that agree are in the means
   config.minibatches = experiment.chain_updates
   config.epochs = experiment.chain_epochs
   config.rollout.prompts = PROMPTS

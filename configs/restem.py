@@ -19,6 +19,7 @@ def get_config(variant: str | None = None):
   """The config of a variant: see `grpo.py`."""
   config = grpo.get_config(variant)
   config.advantage.kind = "reward"
+  config.advantage.train_zero = False  # responses without a reward are no examples
   config.loss.kind = "likelihood"
   config.loss.scaling = "none"
   config.loss.kl_coef = 0.0

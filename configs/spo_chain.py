@@ -73,6 +73,7 @@ def paper(config, experiment: Experiment, interval: int) -> None:
   The reference probes at most the first 25 cuts of a trajectory; here all of them are probed.
   """
   apply(config, experiment)
+  config.advantage.train_zero = True  # whitening moves them, and they are in the means
   config.minibatches = experiment.chain_updates
   config.epochs = experiment.chain_epochs
   config.rollout.prompts = PROMPTS

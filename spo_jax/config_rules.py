@@ -19,13 +19,14 @@ from spo_jax.models.attention import BACKENDS
 from spo_jax.models.decoder import REMATS
 from spo_jax.models.quantised import KINDS
 
+_OPTIMIZERS = ("optimizer", "critic_optimizer", "warm_start_optimizer")
 _POSITIVE = (
   "iterations",
   "minibatches",
   "epochs",
   "probability_threshold",
   "new_model.layers",
-  "optimizer.learning_rate",
+  *(f"{name}.{field}" for name in _OPTIMIZERS for field in ("learning_rate", "clip_norm")),
   "rollout.prompts",
   "rollout.parts",
   "rollout.samples",
@@ -269,7 +270,7 @@ def _check_new_model(config: Config) -> None:
 
 
 def _check_optimizers(config: Config) -> None:
-  for name in ("optimizer", "critic_optimizer", "warm_start_optimizer"):
+  for name in _OPTIMIZERS:
     steps = _field(config, name)
     _need(
       steps.decay_steps == 0 or steps.decay_steps > steps.warmup_steps,

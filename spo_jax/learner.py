@@ -19,7 +19,7 @@ from spo_jax.training import objective, packing
 from spo_jax.training.prepare import prepare
 from spo_jax.training.step import TrainState, critic_step, init_state, train_step
 from spo_jax.training.trimming import read_tokens, reads_unlikely_alone, trim
-from spo_jax.training.weights import segment_weights
+from spo_jax.training.weights import episode_shares, segment_weights
 
 NO_TOKENS_WEIGHT = 1e-9  # of an optimiser step without tokens in the metrics' means
 
@@ -83,13 +83,15 @@ class Learner:
     if config.restart:
       self._policy = init_state(jax.tree.map(jnp.copy, self._ref_params), config.optimizer)
     trimmed, in_loss = trim(forest, trained, config)
+    episodes = episode_shares(forest, trained, config)
     packed, counts = packing.pack(
       trimmed,
       advantages,
       in_loss,
       pack_config(config),
       read=read_tokens(trimmed, in_loss, config),
-      all_trained=int(trained.sum()),
+      episodes=episodes,
+      all_episodes=float(episodes.sum()),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
       most_pairs=most_pairs(config),
@@ -113,7 +115,7 @@ class Learner:
     return {
       **{f"train/{name}": value for name, value in metrics.items() if name != "tokens"},
       "train/tokens": tokens,
-      "train/segments": counts["segments"],
+      "train/segments": int(trained.sum()),
       "train/advantage_abs": float(np.mean(size)) if len(size) else 0.0,
       "train/packed_tokens": counts["packed_tokens"],
       "train/copies": counts["packed_tokens"] / max(1, counts["distinct_tokens"]),

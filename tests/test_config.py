@@ -195,6 +195,8 @@ CORRECTED = {"loss.importance_cap": 2.0}
       "config.loss.kl_horizon 154 must be more than 0.2 times the 864 responses of an iteration",
     ),
     ({}, {"loss.kl_target": 0.0}, "config.loss.kl_target is 0.0, it must be positive"),
+    ({}, {"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm is 0.0, it must be positive"),
+    ({}, {"critic_optimizer.learning_rate": 0.0}, "critic_optimizer.learning_rate is 0.0, it must"),
     (CHAIN | {"advantage.train_probes": True}, GROUP, "train_probes and pool_trajectory are of"),
     (CHAIN | {"advantage.pool_trajectory": True}, GROUP, "are of config.rollout.strategy 'chain'"),
     (DPO, {"rollout.strategy": "tree"}, "'dpo_positive' compares responses of a group"),

@@ -70,8 +70,8 @@ def forest_baseline(
     b(n) = (S m(q) + P(q) mean) / (S + P(q)),   m(n) = b(n),   P(n) = S P(q) / (S + P(q)) + ω
 
   τ and ω are the observed and the true variance of siblings at n's depth. For a root, m is the mean
-  of the other roots, and P their true variance. A lone prompt has no such m: its segments have
-  their siblings alone, and 0 without.
+  of the other roots that have a value, and P their true variance. A lone prompt has no such m: its
+  segments have their siblings alone, and 0 without.
 
   Args:
     forest: values of the nodes, [N] each.
@@ -102,10 +102,12 @@ def forest_baseline(
     ), None
 
   root = (depth == 0) & forest.known
-  others = root.sum() - 1
-  mean_apart = (jnp.sum(forest.values, where=root) - forest.values) / jnp.maximum(others, 1)
-  guess = jnp.where(root & (others > 0), mean_apart, 0)
-  error = jnp.full_like(guess, jnp.where(others > 0, spread.true[0], jnp.inf))
+  others = root.sum() - root
+  apart = jnp.sum(forest.values, where=root) - jnp.where(root, forest.values, 0)
+  first = (depth == 0) & (others > 0)
+  guess = jnp.where(first, apart / jnp.maximum(others, 1), 0)
+  # One value has no spread: how far another is from it is not known.
+  error = jnp.where(first & (root.sum() > 1), spread.true[0], jnp.inf)
   levels = jnp.arange(1, len(spread.true))
   (guess, _), _ = jax.lax.scan(descend, (guess, error), levels)
   return guess

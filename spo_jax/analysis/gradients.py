@@ -169,8 +169,8 @@ def summed_gradient(
   batch = prepare(
     run.model, loss_cfg, None, shard_batch(run.mesh, packed), count, critic_params=critic_params
   )
-  batch = batch._replace(values=None, returns=None)
-  used_M = jnp.arange(len(batch.segments)) < count
+  batch = batch._replace(values=None, returns=None, value_mask=None)
+  used_M = jnp.arange(len(batch.episodes)) < count
   total = _summed_gradient(run.model, _same_loss(loss_cfg), params, batch, count)
   return np.asarray(total), float(1 / unit_scale(loss_cfg, batch, used_M))
 
@@ -203,5 +203,5 @@ def _same_loss(loss_cfg: LossConfig) -> LossConfig:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _summed_gradient(cfg, loss_cfg, params, batch, count):
   grads, _ = policy_gradient(cfg, loss_cfg, params, batch, jnp.int32(0), count)
-  used_M = jnp.arange(batch.segments.shape[0]) < count
+  used_M = jnp.arange(batch.episodes.shape[0]) < count
   return ravel_pytree(grads)[0] / unit_scale(loss_cfg, batch, used_M)

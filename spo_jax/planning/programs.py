@@ -129,7 +129,7 @@ def abstract_batch(cfg: PackConfig, config: Config, mesh: Mesh) -> PackedForest:
     advantages=array(jnp.float32, M, B, R),
     old_logprobs=array(jnp.float32, M, B, R),
     ref_logprobs=array(jnp.float32, M, B, R),
-    segments=array(jnp.float32, M),
+    episodes=array(jnp.float32, M),
     weights=array(jnp.float32, M, B, R) if has_weights(config) else None,
     sequence=array(jnp.int32, M, B, R) if pairs else None,
     pairs=array(jnp.int32, M, most_pairs(config), 2) if pairs else None,
@@ -147,7 +147,8 @@ def prepared_batch(setup: Setup, batch: PackedForest) -> PackedForest:
   if loss.forward_kl_coef:
     batch = batch._replace(ref_hidden=like(setup.model.dtype, setup.model.width))
   if setup.config.critic.trunk != "none":
-    batch = batch._replace(values=like(jnp.float32), returns=like(jnp.float32))
+    values = dict.fromkeys(("values", "returns"), like(jnp.float32))
+    batch = batch._replace(**values, value_mask=like(jnp.bool))
   return batch
 
 

@@ -92,7 +92,8 @@ class Scale(NamedTuple):
   """What sums over the tokens of an update are multiplied by, scalars."""
 
   per_token: jax.Array  # 1 / loss tokens
-  per_segment: jax.Array  # 1 / trained segments
+  per_episode: jax.Array  # 1 / episodes, see `PackedForest`
+  per_value: jax.Array  # 1 / tokens that a critic learns from
   per_unit: jax.Array  # 1 / what the policy loss is a mean over; see `unit_scale`
 
 
@@ -192,7 +193,7 @@ def unit_scale(loss_cfg: LossConfig, batch: PackedForest, used_M: jax.Array) -> 
   if loss_cfg.kind == "dpo_positive":
     units = jnp.sum((batch.pairs[..., 0] >= 0) & used_M[:, None], dtype=jnp.float32)
   elif loss_cfg.normalization == "constant":
-    units = loss_cfg.response_tokens * jnp.sum(batch.segments * used_M)
+    units = loss_cfg.response_tokens * jnp.sum(batch.episodes * used_M)
   else:
     weights = batch.loss_mask if batch.weights is None else batch.weights * batch.loss_mask
     units = jnp.sum(jnp.where(used_M[:, None, None], weights, 0), dtype=jnp.float32)
@@ -210,13 +211,14 @@ def policy_objective(
 ) -> tuple[jax.Array, dict[str, Any]]:
   """A micro-batch's share of the loss.
 
-    loss = Σ_tokens w · PPO-clip / Σ w + kl_coef Σ_tokens KL / segments
+    loss = Σ_tokens w · PPO-clip / Σ w + kl_coef Σ_tokens KL / episodes
            + forward_kl_coef Σ_tokens KL(reference, policy) / tokens
 
   In place of the first term `loss_cfg.kind` may have -Σ w A log π / Σ w ("likelihood"), or
   DPO-positive over pairs of responses. A token's PPO-clip is multiplied by its importance weight,
   if there is an `importance_cap`; the divisor is not, so the sum estimates the policy's own mean.
-  The KL is summed over a segment's tokens and averaged over segments, as in the reference.
+  The KL is summed over an episode's tokens and averaged over episodes, as in the reference: one is
+  a segment of a tree, or a whole response.
 
   Args:
     cfg: decoder geometry.
@@ -232,7 +234,7 @@ def policy_objective(
   """
   hidden = forest_states(cfg, params, micro)
   columns = TokenColumns(*(getattr(micro, name) for name in TokenColumns._fields))
-  factors = scale.per_unit, kl_coef * scale.per_segment
+  factors = scale.per_unit, kl_coef * scale.per_episode
   if loss_cfg.kind == "dpo_positive":  # a pair's loss is no sum over tokens
     logprobs = states_logprobs(
       cfg,
@@ -263,7 +265,7 @@ def policy_objective(
     aux["forward_kl"] = divergence
   if loss_cfg.critic is not None and loss_cfg.critic.trunk == "shared":
     values = value_sums(loss_cfg.critic, state_values(params, hidden), micro)
-    loss = loss + loss_cfg.critic.coef * values.loss * scale.per_token
+    loss = loss + loss_cfg.critic.coef * values.loss * scale.per_value
     aux["values"] = values
   return loss, aux | {"loss": loss, "kl": aux["kl"] * scale.per_token}
 
@@ -366,5 +368,5 @@ def value_sums(
 ) -> critic.ValueSums:
   """The critic's loss on a micro-batch of a prepared batch; values [B, R]."""
   return critic.value_loss(
-    values, micro.values, micro.returns, micro.loss_mask, value_clip=critic_cfg.value_clip
+    values, micro.values, micro.returns, micro.value_mask, value_clip=critic_cfg.value_clip
   )

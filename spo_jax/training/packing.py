@@ -42,13 +42,14 @@ class PackedForest(NamedTuple):
   advantages: np.ndarray  # float32, of the token's segment
   old_logprobs: np.ndarray  # float32, under the sampler; see `sampler_logprobs`
   ref_logprobs: np.ndarray  # float32, under the reference policy; 0 until they are computed
-  segments: np.ndarray  # [M] float32, trained segments; see `pack`
+  episodes: np.ndarray  # [M] float32, of trained segments; see `weights.episode_shares`
   weights: np.ndarray | None = None  # float32, of the token in the policy loss; None: all are 1
   sequence: np.ndarray | None = None  # int32, number in its micro-batch of a response in a pair; -1
   pairs: np.ndarray | None = None  # [M, P, 2] int32, sequences: chosen, rejected; -1 pads
   ref_hidden: np.ndarray | None = None  # [M, B, R, D], states of the reference policy at `prev`
   values: np.ndarray | None = None  # float32, of the critic, before the token
   returns: np.ndarray | None = None  # float32, the critic's targets
+  value_mask: np.ndarray | None = None  # bool, tokens that the critic learns from
   # float32, under the sampler, where `old_logprobs` are the policy's before the update; else None
   sampler_logprobs: np.ndarray | None = None
 
@@ -80,7 +81,8 @@ def pack(
   cfg: PackConfig,
   *,
   read: np.ndarray | None = None,
-  all_trained: int = 0,
+  episodes: np.ndarray | None = None,
+  all_episodes: float = 0.0,
   weights: np.ndarray | None = None,
   pairs: np.ndarray | None = None,
   most_pairs: int = 0,
@@ -97,8 +99,9 @@ def pack(
     cfg: shape of the batch.
     read: [tokens of the forest] bool, those of trained segments that the loss reads; None: all. If
       a segment has more than `cfg.loss_length`, R is doubled until it fits.
-    all_trained: number of trained segments, those included that have no token in the loss and are
-      left out; they are counted where the others are, in equal shares. 0: there are none such.
+    episodes: [N] float, what each trained segment counts as; None: each is 1.
+    all_episodes: their number, with those of trained segments that have no token in the loss and
+      are left out; these are counted where the others are, in equal shares. 0: there are none such.
     weights: [N] float32, of each node's tokens in the policy loss; None: all are 1.
     pairs: [P, 2] node ids of trained responses, chosen and rejected, of one tree each, which fits a
       row; None if the loss has no pairs.
@@ -138,15 +141,16 @@ def pack(
   )
   batch["until"] = batch["until"].reshape(room * cfg.rows, -1, cfg.key_block)
   batch = {name: x.reshape(room, cfg.rows, *x.shape[1:]) for name, x in batch.items()}
-  segments = np.bincount(layout.row[own] // cfg.rows, minlength=room)
-  each = all_trained / own.sum() if all_trained and own.any() else 1
-  batch["segments"] = (segments * each).astype(np.float32)
+  counted = np.ones(own.sum()) if episodes is None else episodes[layout.node[own]]
+  each = all_episodes / counted.sum() if all_episodes and own.any() else 1
+  held = np.bincount(layout.row[own] // cfg.rows, weights=counted * each, minlength=room)
+  batch["episodes"] = held.astype(np.float32)
   if pairs is not None:
     batch["pairs"] = table
   counts = {
     "rows": layout.rows,
     "micro_batches": micro_batches,
-    "segments": all_trained or int(trained.sum()),
+    "segments": int(trained.sum()),
     "tokens": int(batch["loss_mask"].sum()),
     "packed_tokens": int(forest.lengths[layout.node].sum()),
     "distinct_tokens": int(forest.lengths[np.unique(layout.node)].sum()),

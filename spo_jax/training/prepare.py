@@ -46,8 +46,8 @@ def prepare(
 
   Returns:
     The batch with `ref_logprobs`, `loss_mask` and `advantages` replaced; with `ref_hidden` for a
-    forward KL, and `values` and `returns` for a critic. With an `importance_cap` `old_logprobs` are
-    those of `params`, and `sampler_logprobs` what they were.
+    forward KL, and `values`, `returns` and `value_mask` for a critic. With an `importance_cap`
+    `old_logprobs` are those of `params`, and `sampler_logprobs` what they were.
 
   Raises:
     ValueError: if `loss_cfg.scaling` is unknown.
@@ -132,6 +132,7 @@ def _add_critic_advantages(
     advantages=advantages.reshape(shape),
     values=values.reshape(shape),
     returns=targets.reshape(shape),
+    value_mask=batch.loss_mask,  # all of them: a probability mask is the policy's alone
   )
 
 

@@ -125,11 +125,17 @@ def _per(count: jax.Array) -> jax.Array:
   return 1 / jnp.maximum(count, 1)
 
 
-def _in_use(batch: PackedForest, start, count) -> tuple[jax.Array, jax.Array]:
-  """([M] bool, scalar float32): micro-batches start .. start + count - 1, and their loss tokens."""
-  used_M = jnp.arange(batch.segments.shape[0])
-  used_M = (used_M >= start) & (used_M < start + count)
-  return used_M, jnp.sum(batch.loss_mask & used_M[:, None, None], dtype=jnp.float32)
+def _in_use(batch: PackedForest, start, count) -> jax.Array:
+  """[M] bool, micro-batches start .. start + count - 1."""
+  index_M = jnp.arange(batch.episodes.shape[0])
+  return (index_M >= start) & (index_M < start + count)
+
+
+def _tokens(mask: jax.Array | None, used_M: jax.Array) -> jax.Array:
+  """How many tokens of a mask [M, B, R] the micro-batches in use have, scalar float32."""
+  if mask is None:
+    return jnp.zeros(())
+  return jnp.sum(mask & used_M[:, None, None], dtype=jnp.float32)
 
 
 def policy_gradient(
@@ -150,9 +156,14 @@ def policy_gradient(
     (gradient, metrics): a pytree like params, and scalars, those of `train_step` but for
     `skipped`.
   """
-  used_M, tokens = _in_use(batch, start, count)
-  segments = jnp.sum(batch.segments * used_M)
-  scale = Scale(_per(tokens), _per(segments), unit_scale(loss_cfg, batch, used_M))
+  used_M = _in_use(batch, start, count)
+  tokens = _tokens(batch.loss_mask, used_M)
+  scale = Scale(
+    per_token=_per(tokens),
+    per_episode=_per(jnp.sum(batch.episodes * used_M)),
+    per_value=_per(_tokens(batch.value_mask, used_M)),
+    per_unit=unit_scale(loss_cfg, batch, used_M),
+  )
   kl_coef = loss_cfg.kl_coef if kl_coef is None else kl_coef
   loss_fn = lambda params, micro: policy_objective(
     cfg, loss_cfg, params, ref_params, micro, scale, kl_coef
@@ -271,7 +282,7 @@ def critic_step(
     (state, metrics): scalars `value_loss`, `value`, `value_clip_fraction` (means a token),
     `explained_variance` (of the returns, by the values before the update), `value_grad_norm`.
   """
-  _, tokens = _in_use(batch, start, count)
+  tokens = _tokens(batch.value_mask, _in_use(batch, start, count))
 
   def loss_fn(params, micro: PackedForest):
     sums = value_sums(

@@ -1,4 +1,4 @@
-"""How much a segment's tokens weigh in the policy loss."""
+"""How much a segment's tokens weigh in the policy loss, and what a segment is of an episode."""
 
 import numpy as np
 
@@ -33,6 +33,27 @@ def segment_weights(forest: Forest, trained: np.ndarray, config: Config) -> np.n
     tokens = np.bincount(owner[node[mask]], minlength=len(trained))
     weights = weights / np.maximum(tokens, 1)[owner].astype(np.float32)
   return weights
+
+
+def episode_shares(forest: Forest, trained: np.ndarray, config: Config) -> np.ndarray:
+  """What each trained segment is of an episode, the reference's unit of training.
+
+  An episode is a segment of a tree, a response of a group, or all trained segments of a response
+  that was cut (SPO-chain, VinePPO), however many: the weight of the KL, a mean over episodes, does
+  not depend on the partition.
+
+  Args:
+    forest: N nodes.
+    trained: [N] bool, segments that enter the loss.
+    config: the run.
+
+  Returns:
+    [N] float64; 0 for segments that are not trained.
+  """
+  if config.rollout.strategy != "chain":
+    return trained.astype(np.float64)
+  owner = sequences(forest)
+  return trained / np.maximum(np.bincount(owner[trained], minlength=len(trained)), 1)[owner]
 
 
 def has_weights(config: Config) -> bool:

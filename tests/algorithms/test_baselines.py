@@ -149,6 +149,15 @@ def test_an_only_child_has_the_other_prompts():
   np.testing.assert_allclose(by_kind["shrinkage"][3:], [0.75, -0.75, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("known, guess", [((0.75, 1.0), 0.875), ((0.75,), 0.75)])
+def test_a_prompt_without_a_value_has_the_others(known, guess):
+  nodes = [(-1, 0, np.nan, False, True)] * (len(known) + 1)
+  nodes += [(prompt, 1, r, True, True) for prompt, r in enumerate(known)]
+  nodes += [(len(known), 1, r, True, False) for r in (1.0, 0.0)]  # not counted: no probes
+  by_kind, _ = shrunk(nodes, max_depth=1)
+  np.testing.assert_allclose(by_kind["shrinkage"][-2:], [1 - guess, -guess], atol=1e-6)
+
+
 def test_prompts_whose_responses_agree_have_no_noise_to_share():
   nodes = [(-1, 0, np.nan, False, True)] * 2
   nodes += [(prompt, 1, float(prompt), True, True) for prompt in (0, 1) for _ in range(2)]

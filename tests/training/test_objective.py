@@ -142,8 +142,8 @@ def test_normalizations_are_those_of_the_papers(forest, normalization, formula):
   total, _, _ = loss_and_gradient(cfg, batch)
   units = {
     "token": batch.loss_mask.sum(axis=(1, 2)),
-    "sequence": batch.segments,
-    "constant": 7 * batch.segments,
+    "sequence": batch.episodes,
+    "constant": 7 * batch.episodes,
   }[normalization]
   parts = [loss_and_gradient(cfg, batch, span=(i, 1))[0] for i in range(MICRO_BATCHES)]
   np.testing.assert_allclose(jnp.dot(jnp.stack(parts), units) / units.sum(), total, rtol=1e-4)
@@ -305,9 +305,9 @@ def test_where_and_how_much_the_kl_counts():
   assert metrics["kl"] == 0
   # A weight that changes during a run takes the place of the config's.
   loss, _, metrics = loss_and_gradient(cfg(kl_coef=3.0), batch, jnp.float32(0.5))
-  per_segment = metrics["kl"] * metrics["tokens"] / batch.segments.sum()
+  per_episode = metrics["kl"] * metrics["tokens"] / batch.episodes.sum()
   assert metrics["kl"] > 0.001
-  np.testing.assert_allclose(loss - without, 0.5 * per_segment, rtol=1e-4)
+  np.testing.assert_allclose(loss - without, 0.5 * per_episode, rtol=1e-4)
 
   # A KL that is in the reward already is reported, and in no loss.
   in_reward, in_reward_grads, reported = loss_and_gradient(cfg(kl_coef=0.5, kl_in="reward"), batch)

@@ -173,7 +173,7 @@ def assert_structure(forest, advantages, trained, batch: PackedForest, read=None
   """Every row of a batch of a forest with distinct tokens, token by token."""
   owner = np.repeat(np.arange(len(forest.parent)), forest.lengths)
   trained_tokens = collections.Counter()
-  rows = [x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(batch._replace(segments=None))]
+  rows = [x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(batch._replace(episodes=None))]
   for tokens, positions, until, key_blocks, targets, *of_loss in zip(*rows, strict=True):
     T, Q, L = len(tokens), len(tokens) // len(key_blocks), until.shape[-1]
     until = until.reshape(-1)
@@ -241,8 +241,8 @@ def test_structure_of_random_forests(seed):
   node = np.repeat(np.arange(len(trained)), forest.lengths)[batch.targets.reshape(-1)[own] - 1]
   pairs = np.unique(np.stack([micro_batch[own], node]), axis=1)
   want = np.bincount(pairs[0], minlength=len(batch.tokens))
-  np.testing.assert_array_equal(batch.segments, want)
-  assert counts["segments"] == trained.sum() == batch.segments.sum()
+  np.testing.assert_array_equal(batch.episodes, want)
+  assert counts["segments"] == trained.sum() == batch.episodes.sum()
   assert counts["packed_tokens"] == np.count_nonzero(batch.tokens)
   assert counts["micro_batches"] == -(-counts["rows"] // rows) <= len(batch.tokens)
 
@@ -365,7 +365,7 @@ def test_micro_batches_hold_the_rows():
   batch, counts = packed_paths([64] * 9, PackConfig(64, 4, 8, 8, min_micro_batches=5))
   assert (counts["micro_batches"], batch.tokens.shape) == (3, (5, 4, 64))
   assert not batch.loss_mask[3:].any()
-  assert batch.segments.tolist() == [3, 3, 3, 0, 0]
+  assert batch.episodes.tolist() == [3, 3, 3, 0, 0]
 
 
 def test_rows_are_dealt_to_all_updates_and_no_update_is_empty():
@@ -376,7 +376,7 @@ def test_rows_are_dealt_to_all_updates_and_no_update_is_empty():
     cfg = PackConfig(32, 4, 16, 8, updates=updates)
     batch, counts = pack(forest, advantages, trained, cfg)
     assert counts["micro_batches"] == used
-    assert (batch.segments[:used] > 0).all() and batch.segments.sum() == 5
+    assert (batch.episodes[:used] > 0).all() and batch.episodes.sum() == 5
     roomy = with_room(cfg, [10, 20], 30, 5)
     batch, _ = pack(forest, advantages, trained, roomy)
     assert len(batch.tokens) == roomy.min_micro_batches >= updates
@@ -408,7 +408,7 @@ def test_nothing_trained_gives_an_empty_batch():
   batch, counts = pack(forest, np.ones(len(nothing)), nothing, PackConfig(16, 2, 8, 8))
   assert set(counts.values()) == {0}
   assert batch.tokens.shape == (1, 2, 16)
-  assert not batch.loss_mask.any() and batch.segments.tolist() == [0]
+  assert not batch.loss_mask.any() and batch.episodes.tolist() == [0]
 
 
 def test_packing_is_deterministic_and_of_the_promised_types():
@@ -424,6 +424,6 @@ def test_packing_is_deterministic_and_of_the_promised_types():
     if name not in asked:
       continue
     np.testing.assert_array_equal(x, y, err_msg=name)
-    kind = {"loss_mask": bool, "advantages": np.float32, "segments": np.float32}.get(name)
+    kind = {"loss_mask": bool, "advantages": np.float32, "episodes": np.float32}.get(name)
     kind = kind or (np.float32 if name.endswith("logprobs") else np.int32)
     assert x.dtype == kind, name

@@ -205,7 +205,7 @@ def test_with_importance_weights_the_kl_is_the_policys_and_the_mask_the_samplers
 
 
 def test_whitened_rewards_discounted_targets_and_the_mask_after_gae():
-  critic = critic_config(gamma=0.9, lam=0.8, target="return", whiten_rewards=True)
+  critic = critic_config(gamma=0.9, lam=0.8, target="return", whiten_rewards=True, value_clip=1e3)
   cfg = config_of(critic, use_probability_mask=True)
   got = prepare(MODEL, cfg, None, BATCH, jnp.int32(MICRO_BATCHES), critic_params=CRITIC_PARAMS)
   values = values_of_rows(CRITIC_PARAMS).reshape(-1)
@@ -223,6 +223,12 @@ def test_whitened_rewards_discounted_targets_and_the_mask_after_gae():
   unlikely = np.asarray(BATCH.loss_mask & (BATCH.old_logprobs < np.log(0.03)))
   np.testing.assert_array_equal(got.loss_mask, unlikely)
   assert 0 < unlikely.sum() < BATCH.loss_mask.sum()
+  # The probability mask is the policy's: the critic learns the value of every response token.
+  _, metrics = critic_step(
+    MODEL, cfg, ADAM, fresh_critic(), got, jnp.int32(0), jnp.int32(MICRO_BATCHES)
+  )
+  want = np.mean(np.square(list(targets.values()))) / 2
+  np.testing.assert_allclose(metrics["value_loss"], want, rtol=1e-4)
 
 
 ADAM = optimizer_config(learning_rate=2e-2)
@@ -233,16 +239,17 @@ def step_critic(state, batch, count=MICRO_BATCHES):
   return critic_step(MODEL, STEP_CONFIG, ADAM, state, batch, jnp.int32(0), jnp.int32(count))
 
 
+def fresh_critic():
+  params = with_value_head(jax.tree.map(jnp.copy, PARAMS), make_mesh(1, 1, 1))
+  return init_state(params, ADAM)
+
+
 @pytest.fixture(scope="module")
 def fixed_batch():
   """Returns of the responses' rewards, whatever the values."""
   returns = BATCH.advantages
-  return BATCH._replace(values=jnp.zeros_like(returns), returns=returns)
-
-
-def fresh_critic():
-  params = with_value_head(jax.tree.map(jnp.copy, PARAMS), make_mesh(1, 1, 1))
-  return init_state(params, ADAM)
+  values = jnp.zeros_like(returns)
+  return BATCH._replace(values=values, returns=returns, value_mask=BATCH.loss_mask)
 
 
 def test_a_critic_learns_the_returns(fixed_batch):
@@ -263,7 +270,7 @@ def test_a_critic_is_not_changed_by_nothing_nor_by_what_is_not_a_number(fixed_ba
   state, _ = step_critic(fresh_critic(), fixed_batch)
   assert int(state.step) == 1
   want = jax.tree.map(np.array, state)  # a copy: the step donates
-  empty = fixed_batch._replace(loss_mask=jnp.zeros_like(fixed_batch.loss_mask))
+  empty = fixed_batch._replace(value_mask=jnp.zeros_like(fixed_batch.value_mask))
   nan = fixed_batch._replace(returns=fixed_batch.returns * jnp.nan)
   for batch, count in ((empty, MICRO_BATCHES), (fixed_batch, 0), (nan, MICRO_BATCHES)):
     state, _ = step_critic(state, batch, count)
@@ -295,6 +302,11 @@ def test_a_shared_trunk_gets_both_gradients(fixed_batch):
   both = jax.tree.map(lambda a, b: a + 0.7 * b, policy, {k: critic[k] for k in policy})
   assert_trees_close({k: grads[k] for k in policy}, both, 1e-5)
   assert_trees_close(grads[VALUE_HEAD], 0.7 * critic[VALUE_HEAD], 1e-5)
+
+  # A probability mask is the policy's.
+  few = jnp.asarray(fixed_batch.loss_mask).at[..., ::2].set(False)
+  masked, _ = packed_gradient(MODEL, shared, params, fixed_batch._replace(loss_mask=few), *span)
+  np.testing.assert_allclose(masked[VALUE_HEAD], grads[VALUE_HEAD], rtol=1e-5, atol=1e-7)
 
   # A critic of its own is none of the policy's business.
   own = jax.eval_shape(

@@ -101,7 +101,7 @@ def test_prepare_masks_scales_and_scores_as_the_algorithm_functions_do(params, r
     want = score(MODEL, ref_params, micro, temperature=1.0, chunk=12)
     np.testing.assert_allclose(prepared.ref_logprobs[i], want, rtol=1e-5, atol=1e-5)
   assert not prepared.ref_logprobs[3].any()
-  for name in ("tokens", "positions", "prev", "until", "old_logprobs", "key_blocks", "segments"):
+  for name in ("tokens", "positions", "prev", "until", "old_logprobs", "key_blocks", "episodes"):
     assert same(getattr(prepared, name), getattr(batch, name)), name
 
 
@@ -160,7 +160,7 @@ def test_metrics_and_kl_are_those_of_the_definitions(params, ref_params):
   clipped = np.clip(ratio, 0.8, 1.2) * adv
   kl = np.minimum(np.exp(ref - new) - (ref - new) - 1, 10)
   want = {
-    "loss": -np.minimum(ratio * adv, clipped).mean() + 0.5 * kl.sum() / batch.segments.sum(),
+    "loss": -np.minimum(ratio * adv, clipped).mean() + 0.5 * kl.sum() / batch.episodes.sum(),
     "kl": kl.mean(),
     "policy_kl": (old - new).mean(),
     "clip_fraction": (clipped < ratio * adv).mean(),
@@ -210,7 +210,7 @@ def test_nothing_to_train_changes_nothing(params, ref_params):
   *_, batch, _ = make_batch()
   batch = prepare(MODEL, LOSS, ref_params, batch, jnp.int32(4))
   empty = batch._replace(
-    loss_mask=jnp.zeros_like(batch.loss_mask), segments=jnp.zeros_like(batch.segments)
+    loss_mask=jnp.zeros_like(batch.loss_mask), episodes=jnp.zeros_like(batch.episodes)
   )
   for given, count in ((empty, 4), (batch, 0)):
     state, metrics = step(params, given, 0, count)
@@ -361,7 +361,7 @@ def test_a_long_row_of_a_large_vocabulary_holds_nothing_quadratic():
   shapes = {
     "until": (1, 1, tokens // keys, keys),
     "key_blocks": (1, 1, tokens // queries, tokens // keys),
-    "segments": (1,),
+    "episodes": (1,),
   }
   batch = type(small)(
     *(

@@ -14,7 +14,7 @@ from spo_jax.learner import loss_config
 from spo_jax.training.packing import PackConfig, pack
 from spo_jax.training.prepare import prepare
 from spo_jax.training.trimming import loss_lengths, reads_unlikely_alone, trim
-from spo_jax.training.weights import segment_weights
+from spo_jax.training.weights import episode_shares, segment_weights
 from tests.tiny import tiny_config, tiny_params
 from tests.training.forests import (
   assert_trees_close,
@@ -43,9 +43,13 @@ def mostly_likely(forest: Forest, rng) -> Forest:
   return forest._replace(logprobs=np.where(unlikely, -1.0, -0.01).astype(np.float32))
 
 
-def gradient(config, forest, advantages, trained, weights, all_trained=0):
+def gradient(config, forest, advantages, trained, weights, episodes):
   cfg = PackConfig(64, 1, 16, 8, key_blocks=8, min_micro_batches=8)
-  batch, counts = pack(forest, advantages, trained, cfg, all_trained=all_trained, weights=weights)
+  all_episodes = float(episodes.sum())
+  batch, counts = pack(
+    forest, advantages, trained, cfg, episodes=episodes, all_episodes=all_episodes, weights=weights
+  )
+  np.testing.assert_allclose(batch.episodes.sum(), all_episodes, rtol=1e-6)
   count = jnp.int32(counts["micro_batches"])
   batch = prepare(MODEL, loss_config(config), REFERENCE, batch, count)
   grads, metrics = packed_gradient(MODEL, loss_config(config), PARAMS, batch, jnp.int32(0), count)
@@ -66,12 +70,13 @@ def test_the_gradient_stays(module, forest):
   trained = own_segments(forest) | (forest.probe & config.advantage.train_probes)
   advantages = rng.normal(size=len(trained)).astype(np.float32)
   weights = segment_weights(forest, trained, config)
-  whole = gradient(config, forest, advantages, trained, weights)
+  episodes = episode_shares(forest, trained, config)
+  whole = gradient(config, forest, advantages, trained, weights, episodes)
   short, in_loss = trim(forest, trained, config)
-  trimmed = gradient(config, short, advantages, in_loss, weights, all_trained=int(trained.sum()))
+  trimmed = gradient(config, short, advantages, in_loss, weights, episodes)
   assert_trees_close(whole[0], trimmed[0], 1e-5)
   assert trimmed[1]["tokens"] == whole[1]["tokens"] > 0
-  assert trimmed[2]["segments"] == whole[2]["segments"] > in_loss.sum()
+  assert trimmed[2]["segments"] == in_loss.sum() < whole[2]["segments"]
   assert trimmed[2]["packed_tokens"] < 0.7 * whole[2]["packed_tokens"]
 
 

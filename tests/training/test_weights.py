@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from spo_jax.config import AdvantageConfig, Config, LossConfig
+from spo_jax.config import AdvantageConfig, Config, LossConfig, RolloutConfig
 from spo_jax.forest import ForestBuilder
 from spo_jax.training.estimate import estimate
-from spo_jax.training.weights import segment_weights, sequences, shares
+from spo_jax.training.weights import episode_shares, segment_weights, sequences, shares
 from tests.training.forests import chain_forest, node_path, own_segments, tree_forest
 
 
@@ -58,6 +58,24 @@ def test_shares_are_the_chances_of_a_walk_from_the_prompt_to_a_leaf(name, probes
       level = [n for n in np.flatnonzero((forest.tree == tree) & (forest.depth == depth))]
       np.testing.assert_allclose(got[level].sum(), 1 - ended, rtol=1e-12)
       ended += sum(got[n] for n in level if n not in children)
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_the_segments_of_a_cut_response_share_an_episode(name):
+  forest = forest_of(name)
+  chain = name in ("chain", "one trajectory")
+  config = Config(rollout=RolloutConfig(strategy="chain" if chain else "tree"))
+  trained = own_segments(forest) & (np.random.default_rng(0).random(len(forest.parent)) < 0.7)
+  got = episode_shares(forest, trained, config)
+  assert not got[~trained].any()
+  if not chain:
+    np.testing.assert_array_equal(got, trained)
+    return
+  segments = np.flatnonzero(trained)
+  responses = collections.Counter(node_path(forest, node)[1] for node in segments)
+  want = [1 / responses[node_path(forest, node)[1]] for node in segments]
+  np.testing.assert_allclose(got[segments], want, rtol=1e-12)
+  assert max(responses.values()) > 1
 
 
 @pytest.mark.parametrize("name", FORESTS)
