@@ -1,7 +1,7 @@
 """A run that is killed again and again ends as the one that was not: `python -m benchmarks.soak`.
 
   python -m benchmarks.soak --kills 30 --folder=runs/soak
-  python -m benchmarks.soak --kills 30 --processes 2 --config.iterations=20
+  python -m benchmarks.soak --kills 30 --processes 2 --folder=runs/soak2 --config.iterations=20
 
 First the run is made without a kill, then once more in another folder, where at moments drawn at
 random it gets SIGTERM or SIGKILL, and, if there are several processes, one of them alone, and is

@@ -21,6 +21,8 @@ def main(workdir: str) -> None:
   for before, row in zip(rows[1:], rows[2:], strict=False):
     if "eval/accuracy" not in row:
       used.append((row, row["tokens/sampled"] - before["tokens/sampled"]))
+  if not used:
+    sys.exit(f"{workdir} has no iteration that neither compiled nor evaluated: give a longer run")
   spread = lambda values: [round(f(values), 3) for f in (min, statistics.median, max)]
   print(
     json.dumps(

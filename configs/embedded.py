@@ -19,7 +19,8 @@ class Embedded:
   max_response_tokens: int
   tree_segments: tuple[int, ...]  # M of SPO-tree's levels but the last
   chain_interval: int = 2  # cutpoints a segment of SPO-chain; plain responses have 5 to 10
-  # Of the policy: what a sweep found best for most methods (benchmarks/RESULTS.md).
+  # Of the policy: what sweeps found best for most methods (benchmarks/RESULTS.md), for filler an
+  # older one: there 6e-4, and 4e-4 since.
   learning_rate: float = 4e-4
   # It stops early on purpose: that leaves RL most of the way.
   warm_start: WarmStartConfig = WarmStartConfig(target_accuracy=0.24)

@@ -5,7 +5,7 @@
 #
 # Arguments go to spo_jax.main. On several machines without a scheduler, start it on each with the
 # same arguments and --coordinator=HOST:PORT --num_processes=N --process_id=I; HOST is the machine
-# of process 0.
+# of process 0. They share the workdir, or --config.checkpoint.folder.
 #
 # Variables:
 #   RESTART=1  goes on when the run has saved and ended, as it does on SIGTERM (status 75); SIGTERM

@@ -11,8 +11,8 @@
 #   launch/tpu.sh fetch FOLDER      copies a workdir from worker 0 to here
 #   launch/tpu.sh delete            deletes the slice, with all that is on its disks
 #
-# ARGUMENTS go to spo_jax.main. A slice that was taken away has lost its disks: give a bucket for the
-# checkpoints, --config.checkpoint.folder=gs://BUCKET/RUN. Of a slice with several workers, gcloud
+# ARGUMENTS go to spo_jax.main. Workers share no disk, and a slice that was taken away has lost its
+# disks: give a bucket for the checkpoints, --config.checkpoint.folder=gs://BUCKET/RUN. Of a slice with several workers, gcloud
 # wants your key in the agent: ssh-add ~/.ssh/google_compute_engine.
 #
 # Variables:

@@ -46,6 +46,9 @@ def run_command(argv: list[str], config_class: type, command: Callable[[], int |
   Returns:
     The exit status; None of a command is 0.
   """
+  if not {"-h", "--help"}.isdisjoint(argv[1:]):
+    print(_help())
+    return 0
   try:
     parse_flags(argv, config_class)
     logging.set_verbosity(logging.WARNING)
@@ -67,6 +70,14 @@ def run_command(argv: list[str], config_class: type, command: Callable[[], int |
   except Stopped as stop:
     print(f"spo_jax: {stop}: the same command resumes it", file=sys.stderr)
     return STOPPED_STATUS
+
+
+def _help() -> str:
+  """What the command that runs does, and its flags."""
+  told = [sys.modules["__main__"].__doc__.strip(), flags.FLAGS.module_help(__name__)]
+  own = flags.FLAGS.main_module_help()
+  fields = "Any field of a config is set as --config.field=value: spo_jax/config.py lists them all."
+  return "\n\n".join([*told, *([own] if own.strip() else []), fields])
 
 
 def parse_flags(argv: list[str], config_class: type) -> None:
@@ -161,11 +172,11 @@ def claim_workdir(
     if path.exists():
       if (written := json.loads(path.read_text())) == config:
         return  # so of a run's processes the first alone writes
-      for name in difference(written, config):
+      for name, (before, now) in difference(written, config).items():
         if name.split(".")[0] not in may_change:
           raise UserError(
-            f"workdir {workdir} holds a run with another config ({name} differs): "
-            "choose another --workdir"
+            f"workdir {workdir} holds a run with another config (config.{name} was {before!r} and "
+            f"is {now!r}): set it as it was, or choose another --workdir"
           )
     workdir.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -177,13 +188,15 @@ def claim_workdir(
     raise UserError(f"{path} is no JSON file ({error}): choose another --workdir") from error
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-  """Dotted names of the fields in which two nested configs differ."""
-  names = []
+def difference(
+  old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+  """The fields in which two nested configs differ: dotted names, with (old, new) values."""
+  found = {}
   for name in [*new, *(n for n in old if n not in new)]:
     a, b = old.get(name), new.get(name)
     if isinstance(a, dict) and isinstance(b, dict):
-      names += difference(a, b, f"{prefix}{name}.")
+      found |= difference(a, b, f"{prefix}{name}.")
     elif a != b:
-      names.append(prefix + name)
-  return names
+      found[prefix + name] = (a, b)
+  return found

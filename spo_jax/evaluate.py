@@ -49,6 +49,7 @@ def evaluate_from_flags() -> None:
   command_line.connect_hosts()
   fields, may_change = dataclasses.asdict(config), ("compilation_cache",)
   hosts.first_then_all(lambda: command_line.claim_workdir(workdir, fields, may_change=may_change))
+  hosts.check_shared(workdir)
   keep_programs(config.compilation_cache)
   with open_progress(1, visible=hosts.is_first()) as progress:
     for line in table(evaluate_model(config, workdir, progress)):

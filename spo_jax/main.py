@@ -56,6 +56,8 @@ def train_from_flags() -> None:
   command_line.connect_hosts()
   claim = lambda: command_line.claim_workdir(workdir, fields, may_change=MAY_CHANGE)
   hosts.first_then_all(claim)
+  if not config.checkpoint.folder:
+    hosts.check_shared(workdir)
   if export:
     check_export(export)
   keep_programs(config.compilation_cache)

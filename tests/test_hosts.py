@@ -21,8 +21,10 @@ FIELDS = FIELDS | {"mesh__data": 2, "mesh__fsdp": 2, "iterations": 3, "checkpoin
 FIELDS |= {"warm_start__max_steps": 0, "eval__every": 3}
 
 
-def start(workdir, processes, **fields):
-  """Starts a run on as many processes, each with its share of the devices."""
+def start(workdir, processes, apart=False, **fields):
+  """Starts a run on as many processes, each with its share of the devices; apart: in workdirs of
+  their own.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     coordinator = f"localhost:{free.getsockname()[1]}"
@@ -30,7 +32,7 @@ def start(workdir, processes, **fields):
   return [
     tiny_run.start(
       "spo_tree.py",
-      workdir,
+      workdir / str(i) if apart else workdir,
       flags=[*several, f"--process_id={i}"] if processes > 1 else [],
       devices=DEVICES // processes,
       **FIELDS | fields,
@@ -83,6 +85,13 @@ def test_shares_are_all_in_order(size, processes, monkeypatch):
     monkeypatch.setattr(hosts.jax, "process_index", lambda process=process: process)
     dealt += range(size)[hosts.share(size)]
   assert dealt == list(range(size))
+
+
+def test_processes_that_share_no_folder_end_before_they_train(tmp_path):
+  for status, errors in end(start(tmp_path, 2, apart=True)):
+    assert status == USER_ERROR_STATUS
+    assert "is not on a disk that all processes of the run share" in errors
+  assert not list(tmp_path.glob("*/.shared-*"))
 
 
 def test_alone_nothing_is_asked_of_others():

@@ -98,7 +98,7 @@ def leave(workdir):
 @pytest.mark.parametrize(
   ("spoil", "fields", "message"),
   [
-    (leave, {"seed": 7}, "holds a run with another config (seed differs)"),
+    (leave, {"seed": 7}, "holds a run with another config (config.seed was 0 and is 7)"),
     (truncate_arrays, {}, "checkpoints/2 cannot be read"),
     (tamper, {}, "metrics.jsonl has 3 bytes but the checkpoint was made at"),
     (
@@ -273,5 +273,19 @@ def test_all_commands_take_overrides_before_the_config(tmp_path):
 
 def test_difference():
   old = {"a": 1, "b": {"c": [1, 2], "d": 3}, "e": 4}
-  assert difference(old, old) == []
-  assert difference(old, {"a": 1, "b": {"c": [1, 3], "d": 3}, "f": 5}) == ["b.c", "f", "e"]
+  assert difference(old, old) == {}
+  assert list(difference(old, {"a": 1, "b": {"c": [1, 3], "d": 3}, "f": 5})) == ["b.c", "f", "e"]
+
+
+@pytest.mark.parametrize("module", ["main", "evaluate", "plan"])
+def test_help_is_what_the_command_does_and_its_flags(module):
+  told = subprocess.run(
+    [sys.executable, "-m", f"spo_jax.{module}", "--help"],
+    cwd=tiny_run.REPOSITORY,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert told.returncode == 0, told.stderr
+  assert f"python -m spo_jax.{module}" in told.stdout and "--config" in told.stdout
+  assert ("--export" in told.stdout) == (module == "main")

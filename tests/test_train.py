@@ -265,5 +265,7 @@ def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path, monk
   assert lines[2]["train/reward_mean"] == metrics["train/reward_mean"]
   assert lines[2]["tokens/sampled"] > lines[1]["tokens/sampled"] > 0
   changed = dataclasses.replace(config.rollout, ahead=False)
-  with pytest.raises(UserError, match="another config .rollout.ahead differs."):
+  with pytest.raises(
+    UserError, match="another config .config.rollout.ahead was True and is False."
+  ):
     run_once(dataclasses.replace(config, rollout=changed), tmp_path)

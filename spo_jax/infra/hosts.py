@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -143,6 +144,34 @@ def meet(name: str) -> None:
   """Waits until all processes are here."""
   if count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Checks that what one process writes into a folder the others find there.
+
+  Without it they would wait for each other's part of a checkpoint for ever.
+
+  Args:
+    folder: one that the first process can write to.
+
+  Raises:
+    UserError: on every process, if some process does not see the first one's file.
+  """
+  if count() == 1:
+    return
+  # A name that no file server can have told the others to be absent.
+  path = folder / f".shared-{of_first(random.SystemRandom().getrandbits(31))}"
+  if is_first():
+    path.touch()
+  meet("a file is written")
+  missing = any_of(not path.exists())
+  if is_first():
+    path.unlink()
+  if missing:
+    raise UserError(
+      f"'{folder}' is not on a disk that all processes of the run share: choose another --workdir, "
+      "or, for training, give a shared config.checkpoint.folder, which may be gs://"
+    )
 
 
 def of_first(number: int) -> int:
