@@ -4,16 +4,18 @@ A command's exit status is 0 for done; 2 is a mistake of the user's, told in one
 the run was asked to end, has saved, and is resumed by the same command.
 """
 
+import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from spo_jax.config_check import check_field, with_hint
@@ -145,6 +147,8 @@ def connect_hosts() -> None:
   """Joins the run's other processes, as the flags say; see `hosts.connect`."""
   from spo_jax.infra import hosts  # it imports JAX, which mistakes need not wait for
 
+  if not _COORDINATOR.value and (_PROCESSES.present or _PROCESS.present):
+    raise UserError("--num_processes and --process_id go with --coordinator=HOST:PORT")
   hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
 
 
@@ -154,14 +158,20 @@ def config_file() -> str:
 
 
 def claim_workdir(
-  workdir: pathlib.Path, config: dict[str, Any], *, may_change: Sequence[str] = ()
+  workdir: epath.Path,
+  config: dict[str, Any],
+  *,
+  results: Sequence[str],
+  may_change: Sequence[str] = (),
 ) -> None:
   """Writes `config.json`, or checks that the workdir's own is the same.
 
   Args:
-    workdir: the folder, made if it does not exist.
+    workdir: the folder, made if it does not exist; local or gs://.
     config: nested fields.
-    may_change: fields of the top level that may differ when a workdir is used again.
+    results: files and folders one of which a run of that config has left, if it came so far that
+      another config may not take its place.
+    may_change: fields, or groups of them, that may differ when a workdir is used again.
 
   Raises:
     UserError: if the workdir belongs to a run with another config, or cannot be written.
@@ -172,20 +182,44 @@ def claim_workdir(
     if path.exists():
       if (written := json.loads(path.read_text())) == config:
         return  # so of a run's processes the first alone writes
+      if not isinstance(written, dict):
+        raise UserError(f"{path} is no config of a run: choose another --workdir")
+      has_results = any((workdir / name).exists() for name in results)
       for name, (before, now) in difference(written, config).items():
-        if name.split(".")[0] not in may_change:
+        if has_results and not any(f"{name}.".startswith(f"{field}.") for field in may_change):
           raise UserError(
-            f"workdir {workdir} holds a run with another config (config.{name} was {before!r} and "
+            f"{workdir} holds a run with another config (config.{name} was {before!r} and "
             f"is {now!r}): set it as it was, or choose another --workdir"
           )
     workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
+    unfinished = workdir / "config.tmp"
     unfinished.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(unfinished, path)
-  except OSError as error:
-    raise UserError(f"workdir {workdir} cannot be used: {error.strerror}") from error
-  except json.JSONDecodeError as error:
+    unfinished.replace(path)
+  except (OSError, ImportError) as error:  # the latter names the package that a bucket needs
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{workdir} cannot be used: {reason}") from error
+  except ValueError as error:  # no JSON, or no text
     raise UserError(f"{path} is no JSON file ({error}): choose another --workdir") from error
+
+
+@contextlib.contextmanager
+def sole_user(workdir: epath.Path) -> Iterator[None]:
+  """Keeps other runs out of a workdir, where its file system knows locks.
+
+  Raises:
+    UserError: if a run is there already.
+  """
+  with (workdir / "lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(
+        f"{workdir} is in use by a run on this machine or another: wait for it, or choose another "
+        "--workdir"
+      ) from error
+    except OSError:
+      pass
+    yield
 
 
 def difference(

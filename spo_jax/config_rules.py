@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 from spo_jax.algorithms.kl_control import ERROR_BOUND
 from spo_jax.algorithms.voting import MOST_SAMPLES
@@ -25,7 +26,9 @@ _POSITIVE = (
   "minibatches",
   "epochs",
   "probability_threshold",
-  "new_model.layers",
+  "unstable_limit",
+  *(f"new_model.{name}" for name in ("width", "layers", "heads", "kv_heads", "head_dim", "ffn")),
+  "new_model.norm_eps",
   *(f"{name}.{field}" for name in _OPTIMIZERS for field in ("learning_rate", "clip_norm")),
   "rollout.prompts",
   "rollout.parts",
@@ -39,6 +42,8 @@ _POSITIVE = (
   "partition.length",
   "partition.parts",
   "advantage.best_of",
+  "loss.log_ratio_bound",
+  "loss.ratio_threshold",
   "loss.kl_target",
   "loss.kl_horizon",
   "loss.dpo_beta",
@@ -59,6 +64,27 @@ _POSITIVE = (
   "warm_start.eval_every",
   "warm_start.eval_prompts",
 )
+_NOT_NEGATIVE = (
+  *(
+    f"{name}.{field}"
+    for name in _OPTIMIZERS
+    for field in ("warmup_steps", "decay_steps", "weight_decay", "eps")
+  ),
+  "warm_start.max_steps",
+  "advantage.eps",
+  "advantage.tolerance",
+  "loss.epsilon_low",
+  "loss.epsilon_high",
+  "loss.kl_coef",
+  "loss.kl_clip_max",
+  "loss.forward_kl_coef",
+  "loss.forward_kl_clip_max",
+  "loss.dpo_penalty",
+  "critic.coef",
+  "checkpoint.keep_best",
+  "checkpoint.grace_s",
+)
+SEEDS = 2**32  # numbers that the libraries which shuffle and draw take as a seed
 _CHOICES = {
   "rollout.strategy": ("tree", "chain", "group"),
   "rollout.probe_where": ("all", "mixed"),
@@ -110,6 +136,10 @@ def check_training(config: Config) -> None:
     UserError: naming the field, its value and what it may be.
   """
   _check_positive(config, _POSITIVE)
+  for name in _NOT_NEGATIVE:
+    value = _field(config, name)
+    _need(value >= 0, f"config.{name} is {value}, it must be 0 or more")
+  _check_seed(config)
   _check_choices(config, _CHOICES)
   _need(
     config.data.name in EMBEDDED or config.model != "" or config.data.tokenizer != "",
@@ -138,6 +168,8 @@ def check_evaluation(config: EvaluationConfig) -> None:
   """
   _need(config.model != "", "config.model names no model: give a folder or a hub id")
   _check_positive(config, _EVALUATION_POSITIVE)
+  _check_seed(config)
+  _need(config.problems >= 0, f"config.problems is {config.problems}, it must be 0 (all) or more")
   _need(
     config.samples <= MOST_SAMPLES,
     f"config.samples is {config.samples}, a majority vote takes at most {MOST_SAMPLES}",
@@ -230,6 +262,10 @@ def _check_positive(config, names: tuple[str, ...]) -> None:
     _need(value > 0, f"config.{name} is {value}, it must be positive")
 
 
+def _check_seed(config: Config | EvaluationConfig) -> None:
+  _need(0 <= config.seed < SEEDS, f"config.seed is {config.seed}, it must be in [0, {SEEDS})")
+
+
 def _check_choices(config, choices: dict[str, tuple[str, ...]]) -> None:
   for name, known in choices.items():
     value = _field(config, name)
@@ -277,6 +313,11 @@ def _check_optimizers(config: Config) -> None:
       f"config.{name}.decay_steps {steps.decay_steps} must be 0 or more than warmup_steps "
       f"{steps.warmup_steps}",
     )
+    rate = steps.learning_rate
+    _need(math.isfinite(rate), f"config.{name}.learning_rate is {rate}, it must be finite")
+    for field in ("b1", "b2"):
+      value = _field(steps, field)
+      _need(0 <= value < 1, f"config.{name}.{field} is {value}, it must be in [0, 1)")
 
 
 def _check_rollout(config: Config) -> None:

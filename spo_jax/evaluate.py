@@ -7,6 +7,7 @@ screen are made of it. The same command with the same workdir goes on where it w
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -47,8 +48,11 @@ def evaluate_from_flags() -> None:
   config = from_config_dict(command_line.CONFIG.value, EvaluationConfig)
   workdir = pathlib.Path(command_line.WORKDIR.value).absolute()
   command_line.connect_hosts()
-  fields, may_change = dataclasses.asdict(config), ("compilation_cache",)
-  hosts.first_then_all(lambda: command_line.claim_workdir(workdir, fields, may_change=may_change))
+  fields = dataclasses.asdict(config)
+  claim = functools.partial(
+    command_line.claim_workdir, results=(RESPONSES_FILE,), may_change=("compilation_cache",)
+  )
+  hosts.first_then_all(lambda: claim(workdir, fields))
   hosts.check_shared(workdir)
   keep_programs(config.compilation_cache)
   with open_progress(1, visible=hosts.is_first()) as progress:

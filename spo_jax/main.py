@@ -12,6 +12,7 @@ import sys
 import time
 
 from absl import flags
+from etils import epath
 
 from spo_jax import command_line
 from spo_jax.config import Config
@@ -23,7 +24,11 @@ _BEGAN = time.perf_counter()
 # iteration, but for the order in which another mesh adds numbers up.
 MAY_CHANGE = (
   "iterations",
-  "checkpoint",
+  "checkpoint.every",
+  "checkpoint.every_s",
+  "checkpoint.keep",
+  "checkpoint.keep_best",
+  "checkpoint.grace_s",
   "mesh",
   "topology",
   "compilation_cache",
@@ -31,6 +36,9 @@ MAY_CHANGE = (
   "wandb",
   "config_file",
 )
+
+# What a run leaves that came so far that another config may not take its place.
+RESULTS = ("checkpoints", "warm_start", "metrics.jsonl")
 
 _EXPORT = flags.DEFINE_string("export", None, "folder for the trained policy, which must not exist")
 _PROFILE = flags.DEFINE_list("profile", [], "iterations whose trace is written to WORKDIR/profile")
@@ -54,14 +62,23 @@ def train_from_flags() -> None:
 
   profile = parse_iterations(_PROFILE.value, config.iterations)
   command_line.connect_hosts()
-  claim = lambda: command_line.claim_workdir(workdir, fields, may_change=MAY_CHANGE)
+  folders = [workdir, *([config.checkpoint.folder] if config.checkpoint.folder else [])]
+
+  def claim() -> None:
+    for folder in map(epath.Path, folders):
+      command_line.claim_workdir(folder, fields, results=RESULTS, may_change=MAY_CHANGE)
+
   hosts.first_then_all(claim)
   if not config.checkpoint.folder:
     hosts.check_shared(workdir)
+  alone = contextlib.ExitStack()
+  if hosts.is_first():
+    alone.enter_context(command_line.sole_user(workdir))
   if export:
     check_export(export)
   keep_programs(config.compilation_cache)
   with (
+    alone,
     stopping.on_sigterm(config.checkpoint.grace_s),
     open_progress(config.iterations, visible=hosts.is_first()) as progress,
     contextlib.closing(make_run(config, workdir, progress)) as run,

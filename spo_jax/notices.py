@@ -42,6 +42,9 @@ class Notices:
     if metrics["train/skipped"] == 1:
       reason, line = nothing_trained(config, forest, rewards, metrics)
       self._tell(reason, f"iteration {iteration} trains nothing: {line}")
+    elif metrics["train/advantage_abs"] == 0 and config.critic.trunk == "none":
+      reason, line = no_advantage(config, forest, rewards, metrics)
+      self._tell(reason, f"iteration {iteration} has no advantage to train on: {line}")
     if metrics["train/copies"] > MANY_COPIES:
       self._tell(
         "copies",
@@ -75,6 +78,16 @@ def nothing_trained(
       f"all tokens of the {metrics['train/segments']} segments with an advantage had a probability "
       f"of config.probability_threshold {config.probability_threshold:g} or more when sampled"
     )
+  return no_advantage(config, forest, rewards, metrics)
+
+
+def no_advantage(
+  config: Config, forest: Forest, rewards: np.ndarray, metrics: Mapping[str, float]
+) -> tuple[str, str]:
+  """Why no segment has an advantage: (kind of reason, a line that tells it).
+
+  Arguments are those of `Notices.look`.
+  """
   leaves = np.flatnonzero(forest.leaf)
   found = np.unique(rewards[leaves])
   if len(found) > 1:

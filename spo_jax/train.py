@@ -82,7 +82,7 @@ def train(run: Run, profile: Collection[int] = ()) -> Any:
         rollouts.save(run, iteration, done.forest, done.rewards, done.estimated, done.records)
       log(run, writer, training.counters, clock, metrics | meter.read())
       notices.look(config, iteration, done.forest, done.rewards, metrics)
-      reason = why_unsound(config, int(done.forest.leaf.sum()), metrics)
+      reason = why_unsound(config, done.forest, metrics)
       unsound = unsound + 1 if reason else 0
       if unsound >= config.unstable_limit:
         raise UserError(
@@ -214,14 +214,20 @@ class Training:
     self._checkpoints.close()
 
 
-def why_unsound(config: Config, leaves: int, metrics: dict[str, float]) -> str | None:
+def why_unsound(config: Config, forest: Forest, metrics: dict[str, float]) -> str | None:
   """Why an iteration is nothing to go on from, and what can be done about it; None if it is sound.
 
   Args:
     config: of the run.
-    leaves: responses that were graded.
+    forest: what it sampled.
     metrics: of the iteration.
   """
+  leaves = int(forest.leaf.sum())
+  if not np.isfinite(forest.logprobs).all():
+    return (
+      "the policy has parameters that are not finite; lower config.optimizer.learning_rate, in a "
+      "new workdir"
+    )
   if metrics["train/grader_failures"] == leaves:
     return (
       f"config.data.grader '{config.data.grader}' failed on all of the last {leaves} responses; "

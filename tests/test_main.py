@@ -1,6 +1,7 @@
 """The command line: a user's mistake prints one clear line and exits with 2, before training."""
 
 import errno
+import functools
 import importlib
 import json
 import os
@@ -153,7 +154,7 @@ def test_config_json_tells_file_and_fields(finished):
 def test_a_workdir_that_is_claimed_is_not_written_again(tmp_path):
   """Processes of one run claim it side by side, the first before the others."""
   claim = lambda iterations: command_line.claim_workdir(
-    tmp_path, {"iterations": iterations}, may_change=["iterations"]
+    tmp_path, {"iterations": iterations}, results=(), may_change=["iterations"]
   )
   claim(2)
   file = (tmp_path / "config.json").stat().st_ino
@@ -161,6 +162,30 @@ def test_a_workdir_that_is_claimed_is_not_written_again(tmp_path):
   assert (tmp_path / "config.json").stat().st_ino == file
   claim(3)
   assert json.loads((tmp_path / "config.json").read_text()) == {"iterations": 3}
+
+
+def test_a_folder_without_results_belongs_to_no_config(tmp_path):
+  claim = functools.partial(
+    command_line.claim_workdir, tmp_path, results=("a",), may_change=["b.c", "d"]
+  )
+  claim({"b": {"c": 1, "e": 1}, "d": {"f": 1}})
+  claim({"b": {"c": 2, "e": 2}, "d": {"f": 1}})  # after a mistake, before anything was done
+  (tmp_path / "a").touch()
+  claim({"b": {"c": 3, "e": 2}, "d": {"f": 3}})
+  with pytest.raises(UserError, match=r"another config .config.b.e was 2 and is 3.: set it as it"):
+    claim({"b": {"c": 3, "e": 3}, "d": {"f": 3}})
+  (tmp_path / "config.json").write_text("[]")
+  with pytest.raises(UserError, match="is no config of a run"):
+    claim({"b": {}})
+
+
+def test_two_runs_in_a_workdir_do_not_mix(tmp_path):
+  with command_line.sole_user(tmp_path):
+    with pytest.raises(UserError, match="is in use by a run"):
+      with command_line.sole_user(tmp_path):
+        pass
+  with command_line.sole_user(tmp_path):
+    pass
 
 
 FILE = "configs/spo_tree.py"
@@ -289,3 +314,12 @@ def test_help_is_what_the_command_does_and_its_flags(module):
   assert told.returncode == 0, told.stderr
   assert f"python -m spo_jax.{module}" in told.stdout and "--config" in told.stdout
   assert ("--export" in told.stdout) == (module == "main")
+
+
+def test_numbers_of_processes_without_a_coordinator_are_a_mistake(tmp_path, capsys):
+  words = tiny_run.command(CONFIG, tmp_path / "run")[2:] + ["--num_processes=2", "--process_id=0"]
+  with flagsaver.flagsaver():
+    status = command_line.run_command(words, Config, main.train_from_flags)
+  assert status == USER_ERROR_STATUS
+  assert "go with --coordinator=HOST:PORT" in told_of(capsys.readouterr().err)
+  assert not (tmp_path / "run").exists()

@@ -5,13 +5,14 @@ import types
 import numpy as np
 import pytest
 
-from spo_jax.config import AdvantageConfig, Config
+from spo_jax.config import AdvantageConfig, Config, CriticConfig
 from spo_jax.notices import Notices
 
 QUIET = {
   "train/skipped": 1.0,
   "train/tokens": 0.0,
   "train/segments": 0,
+  "train/advantage_abs": 0.3,
   "train/ratio": 1.0,
   "train/grader_failures": 0,
   "train/copies": 1.0,
@@ -34,6 +35,13 @@ def told(config, rewards, finished=True, iterations=1, **metrics) -> list[str]:
 def test_an_iteration_that_trains_is_not_told():
   assert told(Config(), [0, 1], skipped=0.0, tokens=9.0, segments=2) == []
   assert told(Config(), [0, 1], skipped=0.5, tokens=9.0, segments=2) == []
+
+
+def test_segments_without_an_advantage_that_are_trained_are_told():
+  trains = {"skipped": 0.0, "tokens": 9.0, "segments": 2, "advantage_abs": 0.0}
+  (line,) = told(Config(), [1, 1], iterations=2, **trains)
+  assert line == "iteration 1 has no advantage to train on: all 2 responses have reward 1"
+  assert told(Config(critic=CriticConfig(trunk="own")), [1, 1], **trains) == []
 
 
 @pytest.mark.parametrize(

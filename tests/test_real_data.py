@@ -21,6 +21,7 @@ from spo_jax.infra.metrics import read_metrics
 from spo_jax.infra.progress import Progress
 from spo_jax.run import make_run
 from spo_jax.train import train, why_unsound
+from tests.training.forests import tree_forest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 SAMPLES = REPOSITORY / "tests" / "data" / "samples"
@@ -162,6 +163,7 @@ def test_without_reward_nothing_is_trained_and_that_is_told_once(
     data_dir,
     manual_dir,
     advantage__grade_unfinished=grader == "gsm8k",
+    advantage__train_zero=False,
   )
   assert config.loss.kl_coef > 0 and config.optimizer.weight_decay == 0
   trained = run_once(config, tmp_path)
@@ -229,6 +231,7 @@ def without_grader(model, data_dir):
     data_dir,
     data__grader="tests.rewards.hostile:fail",
     advantage__unfinished_penalty=-1.0,
+    advantage__train_zero=False,
     checkpoint__every=1,
   )
 
@@ -250,8 +253,12 @@ def test_a_grader_that_always_fails_is_told(without_grader, tmp_path):
 def test_a_grader_that_is_gone_stops_the_run_which_saves_nothing_of_it(without_grader, tmp_path):
   """By all of three responses it is gone, by three of four it is not."""
   metrics = {"train/grader_failures": 3, "train/unstable": 0}
-  assert "failed on all of the last 3 responses" in why_unsound(without_grader, 3, metrics)
-  assert why_unsound(without_grader, 4, metrics) is None
+  rng = np.random.default_rng(0)
+  forest = lambda n: tree_forest(rng, (n,), (2,), prompts=(2,))
+  assert "failed on all of the last 3 responses" in why_unsound(without_grader, forest(3), metrics)
+  assert why_unsound(without_grader, forest(4), metrics) is None
+  lost = forest(4)._replace(logprobs=np.full_like(forest(4).logprobs, np.nan))
+  assert "parameters that are not finite" in why_unsound(without_grader, lost, metrics)
   with pytest.raises(UserError, match="stopped at iteration 2, .*hostile:fail' failed on all"):
     run_once(dataclasses.replace(without_grader, unstable_limit=2), tmp_path)
   assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

@@ -19,7 +19,7 @@ from spo_jax.errors import UserError
 from spo_jax.infra.checkpoints import Checkpoints
 from spo_jax.infra.compilation import made_programs
 from spo_jax.infra.progress import Progress
-from spo_jax.main import MAY_CHANGE
+from spo_jax.main import MAY_CHANGE, RESULTS
 from spo_jax.run import make_run
 from spo_jax.sampling.sampler import compiled_programs
 from spo_jax.train import train
@@ -53,7 +53,7 @@ def tiny_config(module, **overrides):
 
 
 def run_once(config, workdir: pathlib.Path, **options):
-  claim_workdir(workdir, dataclasses.asdict(config), may_change=MAY_CHANGE)
+  claim_workdir(workdir, dataclasses.asdict(config), results=RESULTS, may_change=MAY_CHANGE)
   with Progress(config.iterations) as progress:
     train(make_run(config, workdir, progress), **options)
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

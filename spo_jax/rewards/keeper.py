@@ -112,8 +112,8 @@ def keep(connection: Connection, grader: str, timeout_s: float, memory_mb: int) 
         child = None
         reply = json.dumps(registry.Outcome(0.0, failure)).encode()
       connection.send_bytes(reply)
-  except (EOFError, OSError):
-    pass  # The pool has closed.
+  except (EOFError, OSError):  # The pool has closed, and asks for an end that has come already.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
   finally:
     if child is not None:
       child.kill()
