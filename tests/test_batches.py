@@ -5,6 +5,7 @@ import dataclasses
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -216,6 +217,21 @@ def test_the_next_batch_is_sampled_beside_the_block(monkeypatch):
   assert batch.metrics == {"ordinal": 2} and batch.rewards[0] == 0
   assert engine.threads[0] is threading.main_thread() is not engine.threads[1]
   assert engine.batches.take([7.0]).metrics == {"ordinal": 4}
+
+
+def test_a_batch_that_waits_is_restored_with_its_rewards(monkeypatch):
+  first = Ahead(monkeypatch, ahead=True)
+  first.updated.set()
+  first.batches.take([7.0])
+  first.learner.params[:] = 0.25
+  with first.batches.ahead(first.learner):
+    pass
+  record, arrays = first.batches.record(), first.batches.arrays()
+  second = Ahead(monkeypatch, ahead=True)
+  second.batches.restore(record, arrays)
+  want, got = first.batches.take([7.0]), second.batches.take([7.0])
+  assert want.rewards.tolist() == [0.25] * 4 and [r["ordinal"] for r in want.records] == [2, 3]
+  jax.tree.map(np.testing.assert_array_equal, want, got)
 
 
 def test_without_ahead_there_is_the_block_alone(monkeypatch):

@@ -375,3 +375,11 @@ def test_a_long_row_of_a_large_vocabulary_holds_nothing_quadratic():
   shapes = re.findall(r"(?:pred|[subf]+\d+)\[([\d,]+)\]", lowered.compile().as_text())
   largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
   assert largest == chunk * vocab
+
+
+def test_the_ratio_bounds_ppo_alone(params):
+  *_, batch, _ = make_batch()
+  for kind, skipped in (("ppo_clip", 1), ("likelihood", 0)):
+    cfg = loss_config(kind=kind, kl_coef=0.0, ratio_threshold=1e-3)
+    _, metrics = step(params, batch, 0, 1, loss_cfg=cfg)
+    assert metrics["skipped"] == skipped and metrics["ratio"] > 1e-3
