@@ -12,8 +12,8 @@
 #   launch/tpu.sh delete            deletes the slice, with all that is on its disks
 #
 # ARGUMENTS go to spo_jax.main. Workers share no disk, and a slice that was taken away has lost its
-# disks: give a bucket for the checkpoints, --config.checkpoint.folder=gs://BUCKET/RUN. Of a slice with several workers, gcloud
-# wants your key in the agent: ssh-add ~/.ssh/google_compute_engine.
+# disks: give a bucket for the checkpoints, --config.checkpoint.folder=gs://BUCKET/RUN. Of a slice
+# with several workers, gcloud wants your key in the agent: ssh-add ~/.ssh/google_compute_engine.
 #
 # Variables:
 #   ZONE=us-west4-a, TYPE=v5litepod-16  or others, without default; TYPE is for create and resume

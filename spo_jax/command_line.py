@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -195,21 +196,27 @@ def claim_workdir(
     unfinished = workdir / "config.tmp"
     unfinished.write_text(json.dumps(config, indent=2) + "\n")
     unfinished.replace(path)
-  except (OSError, ImportError) as error:  # the latter names the package that a bucket needs
-    reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{workdir} cannot be used: {reason}") from error
+  except OSError as error:
+    raise UserError(f"{workdir} cannot be used: {error.strerror or error}") from error
+  except ImportError as error:  # names the package that a bucket needs
+    raise UserError(f"{workdir} cannot be used: {error}") from error
   except ValueError as error:  # no JSON, or no text
     raise UserError(f"{path} is no JSON file ({error}): choose another --workdir") from error
 
 
 @contextlib.contextmanager
-def sole_user(workdir: epath.Path) -> Iterator[None]:
-  """Keeps other runs out of a workdir, where its file system knows locks.
+def sole_user(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps other runs out of a workdir, where its file system knows locks; makes it if need be.
 
   Raises:
-    UserError: if a run is there already.
+    UserError: if a run is there already, or the workdir cannot be written.
   """
-  with (workdir / "lock").open("w") as file:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = (workdir / "lock").open("w")
+  except OSError as error:
+    raise UserError(f"{workdir} cannot be used: {error.strerror}") from error
+  with lock as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -29,6 +29,7 @@ from spo_jax.forest import Forest
 from spo_jax.infra import hosts
 from spo_jax.infra.compilation import keep_programs
 from spo_jax.infra.mesh import make_mesh, row_shards
+from spo_jax.infra.metrics import read_lines
 from spo_jax.infra.progress import Progress, open_progress
 from spo_jax.models.attention import check_backend
 from spo_jax.models.families import config_from_hf
@@ -125,7 +126,7 @@ def evaluate_model(
             os.fsync(file.fileno())
           advance(len(lines))
   hosts.meet("all problems are answered")
-  lines = _read_lines(path)
+  lines = read_lines(path)
   summary = {"model": config.model, "data": config.data.name, "split": config.split}
   summary |= scores(lines, config.contexts)
   if hosts.is_first():
@@ -149,13 +150,8 @@ def read_whole_batches(path: pathlib.Path, batch: int, problems: int) -> int:
   return whole
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  # Not splitlines: it also breaks at characters that JSON allows inside a text, such as U+2028.
-  return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-
-
 def _check_same_problems(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
-  lines = _read_lines(path)
+  lines = read_lines(path)
   same = len(lines) <= len(records) and all(
     (line["question"], line["answer"]) == (record["question"], record["answer"])
     for line, record in zip(lines, records, strict=False)

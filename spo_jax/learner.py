@@ -83,15 +83,13 @@ class Learner:
     if config.restart:
       self._policy = init_state(jax.tree.map(jnp.copy, self._ref_params), config.optimizer)
     trimmed, in_loss = trim(forest, trained, config)
-    episodes = episode_shares(forest, trained, config)
     packed, counts = packing.pack(
       trimmed,
       advantages,
       in_loss,
       pack_config(config),
       read=read_tokens(trimmed, in_loss, config),
-      episodes=episodes,
-      all_episodes=float(episodes.sum()),
+      episodes=episode_shares(forest, trained, config),
       weights=segment_weights(forest, trained, config),
       pairs=pairs,
       most_pairs=most_pairs(config),

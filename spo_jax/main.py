@@ -64,16 +64,17 @@ def train_from_flags() -> None:
   command_line.connect_hosts()
   folders = [workdir, *([config.checkpoint.folder] if config.checkpoint.folder else [])]
 
+  alone = contextlib.ExitStack()
+
   def claim() -> None:
+    if hosts.is_first():
+      alone.enter_context(command_line.sole_user(workdir))
     for folder in map(epath.Path, folders):
       command_line.claim_workdir(folder, fields, results=RESULTS, may_change=MAY_CHANGE)
 
   hosts.first_then_all(claim)
   if not config.checkpoint.folder:
     hosts.check_shared(workdir)
-  alone = contextlib.ExitStack()
-  if hosts.is_first():
-    alone.enter_context(command_line.sole_user(workdir))
   if export:
     check_export(export)
   keep_programs(config.compilation_cache)

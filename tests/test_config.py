@@ -201,6 +201,7 @@ CORRECTED = {"loss.importance_cap": 2.0}
     ({}, {"optimizer.b2": 1.0}, "config.optimizer.b2 is 1.0, it must be in .0, 1."),
     ({}, {"optimizer.learning_rate": float("inf")}, "learning_rate is inf, it must be finite"),
     ({}, {"new_model.kv_heads": 0}, "config.new_model.kv_heads is 0, it must be positive"),
+    ({}, {"new_model.heads": 3}, "width 64 must be a multiple of heads 3, or `transformers`"),
     ({}, {"optimizer.warmup_steps": -1}, "config.optimizer.warmup_steps is -1, it must be 0 or"),
     ({}, {"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm is 0.0, it must be positive"),
     ({}, {"critic_optimizer.learning_rate": 0.0}, "critic_optimizer.learning_rate is 0.0, it must"),

@@ -16,7 +16,7 @@ from spo_jax.infra.mesh import make_mesh
 from spo_jax.learner import Learner, TrainingSet
 from spo_jax.training import packing
 from tests.tiny import tiny_config, tiny_params
-from tests.training.forests import own_segments, tree_forest
+from tests.training.forests import chain_forest, own_segments, tree_forest
 
 MODEL = tiny_config(layers=1)
 FOREST = tree_forest(np.random.default_rng(4), (3,), (7,), prompts=(3, 2, 4, 3), ragged=True)
@@ -147,3 +147,27 @@ def test_places_for_what_the_loss_reads_change_no_update(monkeypatch, mask, plac
   names = ("logprob_gap", "importance_weight") if loss else ()
   for name in ("loss", "grad_norm", "kl", "tokens", "segments", "packed_tokens", *names):
     np.testing.assert_allclose(found[1][f"train/{name}"], found[0][f"train/{name}"], rtol=1e-5)
+
+
+def test_an_iteration_has_as_many_updates_as_epochs_have():
+  made = learner(restart=False, minibatches=2, epochs=3)
+  made.update(TrainingSet(FOREST, ADVANTAGES, own_segments(FOREST)))
+  assert int(made.arrays().step) == 6
+
+
+@pytest.mark.parametrize("strategy", ["chain", "tree"])
+def test_the_kl_counts_whole_responses_where_they_are_cut(monkeypatch, strategy):
+  forest = chain_forest(np.random.default_rng(0), longest=2, probes=0)
+  trained, packed, pack = own_segments(forest), [], packing.pack
+
+  def watched(*args, **kwargs):
+    packed.append(pack(*args, **kwargs))
+    return packed[-1]
+
+  monkeypatch.setattr(packing, "pack", watched)
+  made = learner(rollout__strategy=strategy, rollout__segment_tokens=(2, 2), restart=False)
+  made.update(TrainingSet(forest, trained.astype(np.float32), trained))
+  (batch, counts), responses = packed[0], np.sum(forest.depth == 1)
+  assert responses < counts["segments"] == trained.sum()
+  want = responses if strategy == "chain" else counts["segments"]
+  np.testing.assert_allclose(batch.episodes.sum(), want, rtol=1e-6)

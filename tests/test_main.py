@@ -179,11 +179,13 @@ def test_a_folder_without_results_belongs_to_no_config(tmp_path):
     claim({"b": {}})
 
 
-def test_two_runs_in_a_workdir_do_not_mix(tmp_path):
-  with command_line.sole_user(tmp_path):
-    with pytest.raises(UserError, match="is in use by a run"):
-      with command_line.sole_user(tmp_path):
-        pass
+def test_two_runs_in_a_workdir_do_not_mix(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tiny_run.REPOSITORY)
+  words = tiny_run.command(CONFIG, tmp_path)[2:]
+  with command_line.sole_user(tmp_path), flagsaver.flagsaver():
+    assert command_line.run_command(words, Config, main.train_from_flags) == USER_ERROR_STATUS
+  assert "is in use by a run" in told_of(capsys.readouterr().err)
+  assert not (tmp_path / "config.json").exists()  # it is the other's to write
   with command_line.sole_user(tmp_path):
     pass
 

@@ -115,6 +115,8 @@ def config_from_hf(
   family = FAMILIES[model_type]
   for architecture in hf.get("architectures") or ():
     choice("architecture", architecture, (family.architecture,))
+  if not hf.get("is_causal", True):
+    raise UserError("config.json: is_causal False is not supported")
   for name in UNSUPPORTED:
     if hf.get(name):
       raise UserError(f"config.json: {name} {hf[name]!r} is not supported")

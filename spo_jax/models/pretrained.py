@@ -28,7 +28,9 @@ CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # by their safetensors names
 
-_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, "*.safetensors", "*token*", "*.model")
+# Of a model on the hub: what is read here, and what its tokenizer may be made of.
+_TOKENIZER_FILES = ("*token*", "*.model", "chat_template*", "vocab.json", "merges.txt")
+_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, "*.safetensors", *_TOKENIZER_FILES)
 _NAMED = 3  # most tensors that an error names
 
 

@@ -82,7 +82,6 @@ def pack(
   *,
   read: np.ndarray | None = None,
   episodes: np.ndarray | None = None,
-  all_episodes: float = 0.0,
   weights: np.ndarray | None = None,
   pairs: np.ndarray | None = None,
   most_pairs: int = 0,
@@ -99,9 +98,9 @@ def pack(
     cfg: shape of the batch.
     read: [tokens of the forest] bool, those of trained segments that the loss reads; None: all. If
       a segment has more than `cfg.loss_length`, R is doubled until it fits.
-    episodes: [N] float, what each trained segment counts as; None: each is 1.
-    all_episodes: their number, with those of trained segments that have no token in the loss and
-      are left out; these are counted where the others are, in equal shares. 0: there are none such.
+    episodes: [N] float, what each segment that an iteration trains is of an episode, 0 for others;
+      those that are not in `trained`, for want of a token in the loss, are counted where these are,
+      in equal shares. None: each of `trained` is one.
     weights: [N] float32, of each node's tokens in the policy loss; None: all are 1.
     pairs: [P, 2] node ids of trained responses, chosen and rejected, of one tree each, which fits a
       row; None if the loss has no pairs.
@@ -141,9 +140,10 @@ def pack(
   )
   batch["until"] = batch["until"].reshape(room * cfg.rows, -1, cfg.key_block)
   batch = {name: x.reshape(room, cfg.rows, *x.shape[1:]) for name, x in batch.items()}
-  counted = np.ones(own.sum()) if episodes is None else episodes[layout.node[own]]
-  each = all_episodes / counted.sum() if all_episodes and own.any() else 1
-  held = np.bincount(layout.row[own] // cfg.rows, weights=counted * each, minlength=room)
+  counted = trained.astype(np.float64) if episodes is None else episodes
+  packed = counted[layout.node[own]]
+  share = counted.sum() / packed.sum() if own.any() else 1
+  held = np.bincount(layout.row[own] // cfg.rows, weights=packed * share, minlength=room)
   batch["episodes"] = held.astype(np.float32)
   if pairs is not None:
     batch["pairs"] = table

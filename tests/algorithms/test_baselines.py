@@ -158,6 +158,13 @@ def test_a_prompt_without_a_value_has_the_others(known, guess):
   np.testing.assert_allclose(by_kind["shrinkage"][-2:], [1 - guess, -guess], atol=1e-6)
 
 
+def test_one_other_prompt_tells_less_than_siblings_do():
+  nodes = [(-1, 0, np.nan, False, True)] * 2 + [(0, 1, 0.75, True, True)]
+  nodes += [(1, 1, np.nan, False, False)] + [(3, 2, r, True, True) for r in (1.0, 0.0)]
+  by_kind, _ = shrunk(nodes, max_depth=2)
+  np.testing.assert_allclose(by_kind["shrinkage"][-2:], [1, -1], atol=1e-6)
+
+
 def test_prompts_whose_responses_agree_have_no_noise_to_share():
   nodes = [(-1, 0, np.nan, False, True)] * 2
   nodes += [(prompt, 1, float(prompt), True, True) for prompt in (0, 1) for _ in range(2)]

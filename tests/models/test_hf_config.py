@@ -142,6 +142,7 @@ REFUSED = {
   "model_type None": {},
   "architecture 'LlamaForSequenceClassification'": LLAMA
   | {"architectures": ["LlamaForSequenceClassification"]},
+  "is_causal False is not": LLAMA | {"is_causal": False},
   "attention_bias True is not": LLAMA | {"attention_bias": True},
   "mlp_bias True is not": LLAMA | {"mlp_bias": True},
   "num_local_experts 8 is not": LLAMA | {"num_local_experts": 8},

@@ -1,6 +1,7 @@
 """Checkpoints on disk: read as written, placed as the mesh wants, damage named."""
 
 import shutil
+from fnmatch import fnmatch
 
 import jax
 import numpy as np
@@ -156,7 +157,8 @@ def test_a_hub_id_is_read_from_where_it_was_downloaded(folder, monkeypatch):
   asked = []
 
   def download(name, allow_patterns):
-    asked.append((name, "config.json" in allow_patterns))
+    needed = ("config.json", "tokenizer.json", "chat_template.jinja", "vocab.json", "merges.txt")
+    asked.append((name, all(any(fnmatch(f, p) for p in allow_patterns) for f in needed)))
     return str(folder)
 
   monkeypatch.setattr("huggingface_hub.snapshot_download", download)
