@@ -14,7 +14,8 @@ stamp=$(cat requirements.txt pyproject.toml <(echo "${EXTRAS:-}") | cksum | cut 
 if [[ ! -f "$VENV/installed-$stamp" ]]; then
   [[ -d "$VENV" ]] || "$PYTHON" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --upgrade pip
-  "$VENV/bin/python" -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
+  # Setuptools warns of folders that have a package's name, which here are the packages themselves.
+  PYTHONWARNINGS=ignore "$VENV/bin/python" -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
   touch "$VENV/installed-$stamp"
 fi
 VENV=$(cd "$VENV" && pwd)
